@@ -1,0 +1,359 @@
+"""One typed tree for a run: recipe YAML + ``a.b=c`` overrides; an unknown key is an error with the nearest name.
+
+A recipe names its method (``method: crmoe``) and gives the method's own hyper-parameters under ``params``; their type is
+the method's ``Params`` dataclass, handed in by the caller (this file imports nothing of ours).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend; its text is one line that says what to change (exit code 2)."""
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how their order is shuffled."""
+
+    train: str = ""  # brace pattern, folder with dataset.json or URL; several joined by "::"
+    repeat: list[int] = field(default_factory=lambda: [1])  # whole passes an epoch of each source
+    streams: int = 64  # C of the order promise: position p belongs to stream p mod C
+    window: int = 4096  # samples of a stream shuffled together
+    workers: int = 1  # decoding processes a rank; 0 = in the training process
+    prefetch: int = 4  # batches ready ahead
+    cache_dir: str | None = None  # remote shards' spans are kept here
+    cache_bytes: int = 10_000_000_000
+    retry_seconds: float = 300.0  # transient faults are retried this long, then the run saves and stops
+    max_bad_fraction: float = 0.01
+    max_pixels: int = 100_000_000  # header gate before decoding
+    decoder: str = "auto"
+    log_sample_ids: bool = False
+
+
+@dataclass
+class ViewsConfig:
+    """Which views of a sample, see ``moe_cl.views.spec``."""
+
+    spec: str = "mocov3"
+    size: int = 224
+    crop_min: float | None = None  # smallest area fraction of a global crop; None = the spec's own
+    local_size: int = 96
+    local_number: int | None = None  # None = the spec's own
+    keys: int | None = None  # JCL: key views a sample
+    implementation: Literal["fast", "reference", "device"] = "fast"
+    normalize: Literal["imagenet", "half"] = "imagenet"
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of every crop's colour pipeline
+
+
+@dataclass
+class ModelConfig:
+    """The backbone, by the name that ``moe_cl.models.build_backbone`` knows."""
+
+    backbone: str = "vit_small"
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that backbone
+    drop_path: float = 0.0
+    activation_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    init_from: str | None = None  # weights to start from: a checkpoint directory or an exported file
+
+
+@dataclass
+class MoEConfig:
+    """Sparse experts in the blocks of a ViT (CR-MoE: odd blocks, 16 experts, top-2, hidden 2d, no noise)."""
+
+    blocks: str | list[int] = "none"  # none, odd, all, or indices
+    experts: int = 16
+    top_k: int = 2
+    hidden_ratio: float = 2.0  # expert hidden width / model width
+    noise_std: float = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
+    renormalize: bool = False
+    init: Literal["published", "xavier"] = "published"
+    ep_size: int = 1
+    recompute: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and its decay groups, as each paper has them."""
+
+    name: Literal["sgd", "lars", "adamw"] = "adamw"
+    base_lr: float = 1.5e-4
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # of base_lr: global/256, sqrt(global), 1
+    weight_decay: float = 0.1
+    weight_decay_end: float | None = None  # cosine to this value
+    decay: Literal["all", "matrices"] = "all"  # which parameters are decayed
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    trust_coefficient: float = 1e-3  # LARS
+    clip_per_tensor: float = 0.0  # EsViT: each tensor's own norm; 0 = off
+    clip_norm: float = 0.0  # global norm, experts included; 0 = off
+
+
+@dataclass
+class ScheduleConfig:
+    """Length of the run and the learning rate over it."""
+
+    epochs: float = 100.0
+    max_steps: int | None = None  # stops earlier; schedules keep the length of ``epochs``
+    warmup_epochs: float = 0.0
+    kind: Literal["cosine", "step", "constant", "dino"] = "cosine"
+    per: Literal["iteration", "epoch"] = "iteration"
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    min_lr: float = 0.0
+
+
+@dataclass
+class TeacherConfig:
+    """EMA of the student."""
+
+    momentum: float = 0.99
+    schedule: Literal["constant", "cosine", "dino"] = "cosine"
+    momentum_end: float = 1.0
+
+
+@dataclass
+class BatchConfig:
+    """global = micro x accumulation x data-parallel ranks; one of the first two may be left out."""
+
+    global_batch: int = 256
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    exact_large_batch: bool = False
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed and precision."""
+
+    ds_config: str = "ds_configs/cpu_zero1.json"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    collective_timeout: float = 600.0  # seconds
+    statistics: str = "global"  # of balance and consistency: global, published (per rank) or "group: N" images
+    profile: list[int] | None = None  # [from, to] steps: Chrome trace
+    threads: int | None = None  # torch threads a rank; None = cores / local ranks
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int | None = None
+    every_epochs: float = 1.0
+    keep_last: int = 2
+    keep_every: int | None = None  # steps; kept for ever
+    keep_best: str | None = None  # metric whose best checkpoint is kept
+    asynchronous: bool = True
+
+
+@dataclass
+class EvalConfig:
+    """Online kNN of the teacher during pretraining."""
+
+    knn_every: float = 0.0  # epochs; 0 = only when asked for
+    bank: str = ""  # labelled training shards
+    test: str = ""
+    k: int = 20
+    temperature: float = 0.07
+    size: int | None = None  # resize of evaluation images; None = views.size
+
+
+@dataclass
+class TrackConfig:
+    """Journal and MLflow."""
+
+    uri: str | None = None  # None = MLFLOW_TRACKING_URI, else SQLite in the out dir; "none" = journal only
+    experiment: str = "moe_cl"
+    run_name: str | None = None
+    every: int = 10  # steps between step lines on the console when it is no terminal
+    plain_seconds: float = 30.0
+    flush_seconds: float = 30.0  # at the end, at most
+
+
+@dataclass
+class RunConfig:
+    """A whole run. ``params`` is the ``Params`` dataclass of the method named by ``method``."""
+
+    method: str = "crmoe"
+    recipe: str = ""
+    seed: int = 0
+    out: str = "runs/default"
+    resume: bool = False
+    params: Any = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+ParamsOf = Callable[[str], type]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML of a recipe given by name or by path. Raises ConfigError with the nearest name."""
+    for path in (RECIPES / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    raise ConfigError(f"unknown recipe {name!r}{_nearest(name, recipe_names())}; `python -m moe_cl recipes` lists them")
+
+
+def load(recipe: str, overrides: Sequence[str], params_of: ParamsOf) -> RunConfig:
+    """A recipe with overrides ``a.b=c`` (values are YAML), typed. Raises ConfigError."""
+    path = recipe_path(recipe)
+    tree = read_yaml(path)
+    for override in overrides:
+        _set(tree, override)
+    tree.setdefault("recipe", path.stem)
+    return from_tree(tree, params_of)
+
+
+def from_tree(tree: dict[str, Any], params_of: ParamsOf) -> RunConfig:
+    """The typed tree of a plain one (as ``to_tree`` gives and ``config.yaml`` holds)."""
+    tree = dict(tree)
+    params = tree.pop("params", None) or {}
+    cfg = build(RunConfig, tree)
+    cfg.params = build(params_of(cfg.method), params, "params.")
+    return cfg
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; ``base: NAME`` inside it is another recipe that this one changes."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return _merge(read_yaml(recipe_path(base)), tree) if base else tree
+
+
+def to_tree(value: Any) -> Any:
+    """Plain dicts and lists of a typed tree."""
+    return dataclasses.asdict(value)
+
+
+def save(cfg: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(yaml.safe_dump(to_tree(cfg), sort_keys=False))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            out.update(flatten(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def build(kind: type, tree: dict[str, Any], prefix: str = "") -> Any:
+    """A dataclass of ``kind`` from a mapping, each value checked and converted. Raises ConfigError."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'recipe'}: expected a mapping, found {tree!r}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(key, list(hints))}")
+        values[key] = _convert(hints[key], value, prefix + key)
+    return kind(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{_nearest(value, args)}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
+        return dict(value)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where + ".")
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, eq, text = override.partition("=")
+    if not eq or not key:
+        raise ConfigError(f"override {override!r}: write it as key=value, for example schedule.epochs=3")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {part} is a value, not a group of keys")
+    tree[last] = value
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _nearest(name: Any, names: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,116 @@
+"""The contract of a method, the same for every method and every driver in ``moe_cl/engine`` (design: "A step").
+
+A step, whichever driver runs it::
+
+    student_out = method.encode_student(student, batch)      # backbone only; may run in micro-batches
+    teacher_out = method.encode_teacher(teacher, batch)      # no gradient; may run in micro-batches
+    out = method.loss(student_out, teacher_out, batch, comm) # heads and loss, once on the whole batch
+    engine.backward(out.loss); engine.step()
+    method.commit(out.pending)                               # queue, pointer, centres: only after the finite check
+
+``teacher_update`` says when the EMA runs: ``before_keys`` (between the two encodes, with this step's pre-optimizer
+weights), ``after_step``, or ``none`` (no teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from moe_cl.comm import Comm
+from moe_cl.models.build import Encoded
+from moe_cl.views.spec import Batch
+
+
+@dataclass
+class StepOutput:
+    """``loss``: scalar with graph (this rank's mean; ranks are averaged). ``metrics``: detached 0-d tensors by name,
+    averaged over ranks and journalled. ``pending``: what ``commit`` needs, tensors without graph."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Where the run is, for what a method schedules itself (JCL's ramp, EsViT's teacher temperature)."""
+
+    step: int = 0
+    steps_per_epoch: int = 1
+    epochs: float = 1.0
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
+
+
+class Encoder(nn.Module):
+    """A backbone and the heads on it, in one module so that the engine sees one forward.
+
+    ``encoder("encode", views, keys)`` -> Encoded; ``encoder("heads", name, x)`` -> output of head ``name``.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, what: Literal["encode", "heads"], *args: Any) -> Any:
+        if what == "encode":
+            return self.backbone(*args)
+        name, *inputs = args
+        return self.heads[name](*inputs)
+
+
+Net = Callable[..., Any]  # an Encoder, the engine around one, or the teacher in the engine's precision context
+
+
+class Method(nn.Module):
+    """Base class. Its buffers (queue, pointer, centres) are the method's state: broadcast from rank 0 at start and
+    checkpointed. It holds no parameters; ``bind`` gives it the callables to run heads through."""
+
+    Params: ClassVar[type]
+    teacher_update: ClassVar[Literal["before_keys", "after_step", "none"]] = "before_keys"
+    in_batch_negatives: ClassVar[bool] = False  # accumulation changes the objective (a warning says so)
+
+    def __init__(self, params: Any, comm: Comm):
+        super().__init__()
+        self.params, self.comm, self.progress = params, comm, Progress()
+        self.student: Net
+        self.teacher: Net | None = None
+
+    def build_student(self, backbone: nn.Module) -> Encoder:
+        """The trained network around a fresh backbone (attribute ``dim`` = feature width)."""
+        raise NotImplementedError  # abstract
+
+    def build_teacher(self, backbone: nn.Module) -> Encoder | None:
+        """The EMA twin around a second fresh backbone; its parameters are a subset of the student's by name."""
+        return None
+
+    def bind(self, student: Net, teacher: Net | None) -> None:
+        """What heads are run through: the engine, and the teacher in the same precision."""
+        object.__setattr__(self, "student", student)
+        object.__setattr__(self, "teacher", teacher)
+
+    def encode_student(self, net: Net, batch: Batch) -> Encoded:
+        """Backbone features of the views the student sees (default: all)."""
+        return net("encode", batch.views, batch.keys)
+
+    def encode_teacher(self, net: Net, batch: Batch) -> Encoded:
+        """Backbone features of the views the teacher sees (default: all)."""
+        return net("encode", batch.views, batch.keys)
+
+    def loss(self, student: Encoded, teacher: Encoded | None, batch: Batch, comm: Comm) -> StepOutput:
+        """Heads and objective on the whole local batch."""
+        raise NotImplementedError  # abstract
+
+    def commit(self, pending: dict[str, Tensor]) -> None:
+        """Write this step's queue entries or centres; called only when the step was finite on every rank."""
+
+    def after_backward(self, student: nn.Module) -> None:
+        """Between backward and optimizer (EsViT freezes its last layer here)."""

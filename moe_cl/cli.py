@@ -1,0 +1,96 @@
+"""The one command: ``python -m moe_cl VERB``. Verbs load what they need when they run, so ``--help`` is fast.
+
+Exit codes: 0 done, 1 a check found errors, 2 a setting to mend (one line on stderr says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from moe_cl import config
+from moe_cl.config import ConfigError
+
+# verb: (module with add_arguments(parser) and main(args) -> int, help)
+VERBS = {
+    "pretrain": ("moe_cl.cli", "pretrain an encoder from a recipe"),
+    "eval": ("moe_cl.evals.cli", "measure a pretrained encoder (kNN, linear probe, ...)"),
+    "checkpoint": ("moe_cl.engine.checkpoint.cli", "list, verify, convert and compare checkpoints"),
+    "track": ("moe_cl.tracking.cli", "send a run's journal to MLflow"),
+    "report": ("moe_cl.reports.cli", "write the HTML report of one run, or compare several"),
+    "recipes": ("moe_cl.recipes.cli", "list recipes, or print one resolved"),
+}
+OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``pretrain``."""
+    parser.add_argument("--recipe", required=True, help="name (see `recipes`) or path of a YAML")
+    parser.add_argument("--out", help="directory of everything the run writes")
+    parser.add_argument("--data", help="training shards: folder with dataset.json, brace pattern or URL")
+    parser.add_argument("--epochs", type=float, help="same as schedule.epochs=N")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, if any")
+    parser.add_argument(
+        "--check", type=int, metavar="RANKS", help="only check settings and data for that many ranks, and exit"
+    )
+    parser.epilog = "Any setting of the recipe can be changed with key=value, for example optim.base_lr=1e-3."
+
+
+def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunConfig:
+    """The typed config of ``pretrain``'s command line. Raises ConfigError."""
+    from moe_cl import methods
+
+    for key, value in (("out", args.out), ("data.train", args.data), ("schedule.epochs", args.epochs)):
+        if value is not None:
+            overrides = [*overrides, f"{key}={value}"]
+    cfg = config.load(args.recipe, overrides, methods.params_of)
+    cfg.resume = cfg.resume or args.resume
+    return cfg
+
+
+def main_pretrain(args: argparse.Namespace) -> int:
+    """Check everything that can be checked, then start (or, with --check, stop there)."""
+    cfg = read_config(args, args.overrides)
+    from moe_cl.engine import checks, ranks
+
+    me = ranks.from_environment()
+    checks.check(cfg, args.check or me.world)
+    if args.check:
+        return 0
+    from moe_cl.pretrain import pretrain
+
+    return pretrain(cfg, me)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; see the module's docstring for exit codes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", ""))
+    # DeepSpeed's launcher writes --local_rank=N before everything else.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    chosen = next((a for a in argv if a in VERBS), None)
+    for verb, (module, text) in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        if verb == chosen:
+            importlib.import_module(module).add_arguments(sub)
+    # Settings stand anywhere between options, which argparse alone cannot do.
+    overrides = [a for a in argv if OVERRIDE.match(a)]
+    args = parser.parse_args([a for a in argv if not OVERRIDE.match(a)])
+    args.overrides = overrides
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        if args.verb == "pretrain":
+            return main_pretrain(args)
+        return importlib.import_module(VERBS[args.verb][0]).main(args)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
+            print(f"moe_cl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,168 @@
+"""What can be known to be wrong before any process starts: one ConfigError, one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_cl.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class BatchIdentity:
+    """global_batch = micro_batch x accumulation x ranks."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.global_batch} = {self.micro_batch} micro x {self.accumulation} accumulation x {self.ranks} ranks"
+
+
+def batch_identity(cfg: RunConfig, world: int) -> BatchIdentity:
+    """The run's batch on ``world`` ranks; micro batch or accumulation is worked out when left out."""
+    total, micro, accumulation = cfg.batch.global_batch, cfg.batch.micro_batch, cfg.batch.accumulation
+    if min(total, world, micro or 1, accumulation or 1) < 1:
+        raise ConfigError(f"batch: every size must be at least 1, found {cfg.batch}")
+    if total % world:
+        raise ConfigError(
+            f"batch.global_batch {total} does not divide over {world} ranks; "
+            f"take {max(1, round(total / world)) * world} or another number of ranks"
+        )
+    local = total // world
+    if micro is None:
+        accumulation = accumulation or 1
+        if local % accumulation:
+            raise ConfigError(f"batch.accumulation {accumulation} does not divide the {local} samples of a rank")
+        micro = local // accumulation
+    if accumulation is None:
+        if local % micro:
+            raise ConfigError(f"batch.micro_batch {micro} does not divide the {local} samples of a rank")
+        accumulation = local // micro
+    if micro * accumulation * world != total:
+        raise ConfigError(
+            f"batch: micro {micro} x accumulation {accumulation} x {world} ranks = {micro * accumulation * world}, "
+            f"but global_batch is {total}; change one of them"
+        )
+    return BatchIdentity(total, micro, accumulation, world)
+
+
+def has_moe(cfg: RunConfig) -> bool:
+    """True if the backbone gets sparse experts."""
+    return cfg.moe.blocks not in ("none", [])
+
+
+def check_moe(cfg: RunConfig, world: int) -> None:
+    """ep_size divides experts and ranks, top-k fits."""
+    moe = cfg.moe
+    if not has_moe(cfg):
+        if moe.ep_size != 1:
+            raise ConfigError(f"moe.ep_size {moe.ep_size} without experts: set moe.blocks (odd) or moe.ep_size=1")
+        return
+    if moe.ep_size < 1 or moe.experts % moe.ep_size:
+        raise ConfigError(f"moe.ep_size {moe.ep_size} does not divide the {moe.experts} experts (moe.experts)")
+    if world % moe.ep_size:
+        raise ConfigError(f"moe.ep_size {moe.ep_size} does not divide the {world} ranks; start more ranks or lower it")
+    if not 1 <= moe.top_k <= moe.experts:
+        raise ConfigError(f"moe.top_k {moe.top_k} must lie between 1 and moe.experts {moe.experts}")
+    if isinstance(moe.blocks, str) and moe.blocks not in ("odd", "all"):
+        raise ConfigError(f"moe.blocks {moe.blocks!r}: write none, odd, all or a list of block indices")
+
+
+def cpu_has_bf16() -> bool:
+    """True if this CPU multiplies bf16 natively (avx512_bf16 or amx)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON by path, or by its name under ds_configs/ of the project."""
+    here = Path(__file__).resolve().parents[2]
+    for candidate in (Path(path), here / path, here / "ds_configs" / path, here / "ds_configs" / f"{path}.json"):
+        if candidate.is_file():
+            try:
+                return json.loads(candidate.read_text())
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{candidate}: not valid JSON: {error}") from None
+    names = ", ".join(sorted(p.stem for p in (here / "ds_configs").glob("*.json")))
+    raise ConfigError(f"engine.ds_config {path!r} is no file; ds_configs/ has {names}")
+
+
+def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the recipe decides filled in; saying a thing twice differently is an error."""
+    config = read_json(cfg.engine.ds_config)
+    name = cfg.engine.ds_config
+    batch = batch_identity(cfg, world)
+
+    def fill(key: str, value: Any, source: str) -> None:
+        if key in config and config[key] not in ("auto", value):
+            raise ConfigError(f"{name} has {key} = {config[key]}, but {source} = {value}; remove one of them")
+        config[key] = value
+
+    fill("train_batch_size", batch.global_batch, "the recipe's batch.global_batch")
+    fill("train_micro_batch_size_per_gpu", batch.micro_batch, "the recipe's micro batch")
+    fill("gradient_accumulation_steps", batch.accumulation, "the recipe's accumulation")
+    # The engine's own clipping has its norm wrong with experts; the project clips itself (optim.clip_norm).
+    fill("gradient_clipping", 0.0, "clipping is the recipe's optim.clip_norm: gradient_clipping")
+    if "optimizer" in config or "scheduler" in config:
+        raise ConfigError(f"{name} has an optimizer or scheduler; these belong to the recipe (optim, schedule): remove them")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and has_moe(cfg):
+        raise ConfigError(f"{name} asks for ZeRO stage 3, which DeepSpeed's MoE does not support: use stage 0, 1 or 2")
+    for kind in ("bf16", "fp16"):
+        if config.get(kind, {}).get("enabled"):
+            raise ConfigError(
+                f"{name} has {kind}.enabled, which casts batch norm and every parameter; "
+                f"set engine.precision={kind} instead (torch_autocast, parameters stay fp32)"
+            )
+    _precision(config, cfg, name, on_cpu)
+    if stage and cfg.optim.name == "lars":
+        config["zero_allow_untested_optimizer"] = True
+    return config
+
+
+def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) -> None:
+    asked = cfg.engine.precision
+    section = config.get("torch_autocast")
+    if section is None or section.get("enabled") == "auto":
+        if asked == "auto":
+            asked = "bf16" if not on_cpu or cpu_has_bf16() else "fp32"
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(asked)
+        config["torch_autocast"] = {"enabled": dtype is not None, "dtype": dtype or "bfloat16"}
+        if dtype:
+            # Empty list = every module: what runs in low precision is torch.autocast's own choice of operations.
+            config["torch_autocast"]["lower_precision_safe_modules"] = []
+        return
+    said = {"bfloat16": "bf16", "float16": "fp16"}[section.get("dtype", "bfloat16")] if section["enabled"] else "fp32"
+    if asked not in ("auto", said):
+        raise ConfigError(f"{name} has torch_autocast {said}, but engine.precision = {asked}; remove one of them")
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    """fp32, bf16 or fp16, as a filled-in DeepSpeed config has it."""
+    section = config["torch_autocast"]
+    return {"bfloat16": "bf16", "float16": "fp16"}[section["dtype"]] if section["enabled"] else "fp32"
+
+
+def check(cfg: RunConfig, world: int) -> BatchIdentity:
+    """Everything above, and the machine's own tools. Raises ConfigError."""
+    on_cpu = os.environ.get("DS_ACCELERATOR", "") == "cpu"
+    check_moe(cfg, world)
+    batch = batch_identity(cfg, world)
+    ds_config(cfg, world, on_cpu)
+    if cfg.schedule.epochs <= 0:
+        raise ConfigError(f"schedule.epochs {cfg.schedule.epochs} must be above 0")
+    if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
+        raise ConfigError(f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs")
+    if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError("no g++ found: DeepSpeed compiles its communication op with it; install it (apt-get install g++)")
+    return batch

@@ -1,0 +1,75 @@
+"""Who this process is among the ranks, and the process group between them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+from moe_cl.comm import Comm, DistComm
+from moe_cl.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank in [0, world), local_rank on this host, local_world ranks on this host."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+
+# (rank, world, local rank, local world) of torchrun and DeepSpeed, of Slurm's srun, and of Open MPI, in this order.
+_SOURCES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+
+
+def from_environment() -> Ranks:
+    """RANK/WORLD_SIZE, else SLURM_*, else OMPI_*, else one process. Raises ConfigError on half a set."""
+    for rank, world, local, local_world in _SOURCES:
+        if rank not in os.environ or world not in os.environ:
+            continue
+        # An interactive Slurm allocation sets SLURM_NTASKS without starting tasks; only srun gives a step.
+        if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
+            continue
+        try:
+            size = int(os.environ[world])
+            return Ranks(
+                int(os.environ[rank]),
+                int(os.environ.get(local, 0)),
+                size,
+                int(os.environ.get(local_world) or os.environ.get("LOCAL_SIZE") or size),
+            )
+        except ValueError:
+            raise ConfigError(f"{rank}={os.environ[rank]!r} and {world}={os.environ[world]!r} must be numbers") from None
+    return Ranks()
+
+
+def init(ranks: Ranks, timeout: float) -> Comm:
+    """Join the process group (gloo on the CPU accelerator, else the accelerator's own) with one collective time-out."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.world == 1 and "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout),
+    )
+    return DistComm()

@@ -1,0 +1,131 @@
+"""From a checked config to the parts a driver drives: student in a DeepSpeed engine, teacher beside it, method."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_cl import methods
+from moe_cl.comm import Comm
+from moe_cl.config import RunConfig
+from moe_cl.engine import checks, optim, schedules
+from moe_cl.engine.step import Parts, Student
+from moe_cl.engine.teacher import Teacher
+from moe_cl.methods.base import Encoder, Method
+from moe_cl.models.build import build_backbone
+
+
+@dataclass
+class Built:
+    """Everything ``pretrain`` needs of the engine."""
+
+    parts: Parts
+    precision: str
+    peak_lr: float
+    device: torch.device
+
+
+def on_cpu() -> bool:
+    """True if DeepSpeed's accelerator is the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu"
+
+
+def backbone_builder(cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
+    """``build(drop_path=...)`` gives a fresh backbone with the same initial weights at every call and on every rank."""
+
+    def build(drop_path: float = 0.0) -> nn.Module:
+        torch.manual_seed(cfg.seed)
+        return build_backbone(
+            cfg.model.backbone,
+            moe=cfg.moe if checks.has_moe(cfg) else None,
+            moe_factory=moe_factory,
+            drop_path=drop_path,
+            activation_checkpointing=cfg.model.activation_checkpointing,
+            comm=comm,
+            **cfg.model.options,
+        )
+
+    return build
+
+
+def build_method(
+    cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None
+) -> tuple[Method, Encoder, Encoder | None]:
+    """Method, student and teacher modules, without any engine (also what evaluation and tests start from)."""
+    method = methods.get(cfg.method)(cfg.params, comm, statistics=cfg.engine.statistics)
+    build = backbone_builder(cfg, comm, moe_factory)
+    student = method.build_student(build(cfg.model.drop_path))
+    teacher = method.build_teacher(build())
+    return method, student, teacher
+
+
+def broadcast_buffers(modules: list[nn.Module], comm: Comm) -> None:
+    """Rank 0's buffers on every rank: the engine broadcasts parameters only (queue, pointer, centres, BN statistics)."""
+    for module in modules:
+        for buffer in module.buffers():
+            comm.broadcast(buffer)
+
+
+def build(cfg: RunConfig, comm: Comm) -> Built:
+    """Student in its engine, teacher, method, optimizer; all state equal on all ranks but the experts' shards."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = checks.ds_config(cfg, comm.world, on_cpu())
+    device = torch.device(get_accelerator().current_device_name())
+    factory = None
+    if checks.has_moe(cfg):
+        from moe_cl.moe import layer
+
+        factory = layer.factory(cfg.moe, cfg.seed)
+    method, student, teacher_module = build_method(cfg, comm, factory)
+    student.to(device)
+    method.to(device)
+    groups = optim.param_groups(student, cfg.optim)
+    if factory is not None:
+        groups = layer.param_groups(groups)
+    peak = schedules.scaled_lr(cfg.optim, cfg.batch.global_batch)
+    with _quiet():
+        engine, *_ = deepspeed.initialize(
+            model=Student(student), optimizer=optim.build(groups, cfg.optim, peak), config=config
+        )
+    teacher = None
+    if teacher_module is not None:
+        teacher_module.to(device)
+        if factory is not None:
+            layer.place(teacher_module)  # the engine never sees it, so its experts' group must be set here
+        teacher = Teacher(teacher_module, student, lambda: autocast(device, config))
+        method.bind(student, teacher)
+    else:
+        method.bind(student, None)
+    broadcast_buffers([student, method, *([teacher_module] if teacher_module is not None else [])], comm)
+    parts = Parts(engine, student, teacher, method, comm, cfg.seed)
+    return Built(parts, checks.precision_of(config), peak, device)
+
+
+def autocast(device: torch.device, config: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """The precision context that the engine opens around the student, for the teacher."""
+    precision = checks.precision_of(config)
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """DeepSpeed prints its banner with print(); the run has its own."""
+    if os.environ.get("MOE_CL_VERBOSE"):
+        yield
+        return
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield

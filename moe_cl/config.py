@@ -50,8 +50,8 @@ class ViewsConfig:
     spec: str = "mocov3"
     size: int = 224
     crop_min: float | None = None  # smallest area fraction of a global crop; None = the spec's own
-    local_size: int = 96
-    local_number: int | None = None  # None = the spec's own
+    local_size: int | list[int] = 96  # a list: several local resolutions
+    local_number: int | list[int] | None = None  # of each local size; None = the spec's own
     keys: int | None = None  # JCL: key views a sample
     implementation: Literal["fast", "reference", "device"] = "fast"
     normalize: Literal["imagenet", "half"] = "imagenet"
@@ -81,6 +81,8 @@ class MoEConfig:
     hidden_ratio: float = 2.0  # expert hidden width / model width
     noise_std: float = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
     renormalize: bool = False
+    load: Literal["corrected", "published"] = "corrected"  # thresholds of the smooth load, where there is noise
+    z_loss: float = 0.0  # coefficient of log(sum(exp(logits)))^2
     init: Literal["published", "xavier"] = "published"
     ep_size: int = 1
     recompute: bool = False

@@ -49,8 +49,13 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         loader = stack.enter_context(
             contextlib.closing(
                 Loader(
-                    cfg.data, spec, seed=cfg.seed, global_batch=batch.global_batch, micro_batch=batch.micro_batch,
-                    rank=me.rank, world=me.world,
+                    cfg.data,
+                    spec,
+                    seed=cfg.seed,
+                    global_batch=batch.global_batch,
+                    micro_batch=batch.micro_batch,
+                    rank=me.rank,
+                    world=me.world,
                 )  # fmt: skip
             )
         )

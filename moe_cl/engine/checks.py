@@ -114,7 +114,9 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
     # The engine's own clipping has its norm wrong with experts; the project clips itself (optim.clip_norm).
     fill("gradient_clipping", 0.0, "clipping is the recipe's optim.clip_norm: gradient_clipping")
     if "optimizer" in config or "scheduler" in config:
-        raise ConfigError(f"{name} has an optimizer or scheduler; these belong to the recipe (optim, schedule): remove them")
+        raise ConfigError(
+            f"{name} has an optimizer or scheduler; these belong to the recipe (optim, schedule): remove them"
+        )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage == 3 and has_moe(cfg):
         raise ConfigError(f"{name} asks for ZeRO stage 3, which DeepSpeed's MoE does not support: use stage 0, 1 or 2")
@@ -162,7 +164,11 @@ def check(cfg: RunConfig, world: int) -> BatchIdentity:
     if cfg.schedule.epochs <= 0:
         raise ConfigError(f"schedule.epochs {cfg.schedule.epochs} must be above 0")
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
-        raise ConfigError(f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs")
+        raise ConfigError(
+            f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs"
+        )
     if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ConfigError("no g++ found: DeepSpeed compiles its communication op with it; install it (apt-get install g++)")
+        raise ConfigError(
+            "no g++ found: DeepSpeed compiles its communication op with it; install it (apt-get install g++)"
+        )
     return batch

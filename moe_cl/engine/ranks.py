@@ -46,7 +46,9 @@ def from_environment() -> Ranks:
                 int(os.environ.get(local_world) or os.environ.get("LOCAL_SIZE") or size),
             )
         except ValueError:
-            raise ConfigError(f"{rank}={os.environ[rank]!r} and {world}={os.environ[world]!r} must be numbers") from None
+            raise ConfigError(
+                f"{rank}={os.environ[rank]!r} and {world}={os.environ[world]!r} must be numbers"
+            ) from None
     return Ranks()
 
 

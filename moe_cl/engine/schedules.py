@@ -1,7 +1,7 @@
 """What changes over a run, each a pure function of the step: learning rate, EMA momentum, weight decay.
 
-A step is an optimizer step from 0. MoCo v3's curves take the fractional epoch step / steps_per_epoch; EsViT's are arrays
-over iterations whose warm-up includes both ends; MoCo v1/v2 and JCL take the whole epoch (``per: epoch``).
+A step is an optimizer step from 0. MoCo v3's curves take the fractional epoch step / steps_per_epoch; EsViT's are
+arrays over iterations whose warm-up includes both ends; MoCo v1/v2 and JCL take the whole epoch (``per: epoch``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dino(
     warmup_epochs: float = 0,
     start: float = 0,
 ) -> float:
-    """EsViT's and DINO's cosine: linspace(start, base, W*n) with both ends, then a cosine that never reaches ``end``."""
+    """EsViT's cosine: linspace(start, base, W*n) with both ends, then a cosine that stays short of ``end``."""
     warmup = round(warmup_epochs * steps_per_epoch)
     if step < warmup:
         return start + (base - start) * step / (warmup - 1) if warmup > 1 else start

@@ -39,7 +39,9 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def backbone_builder(cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
+def backbone_builder(
+    cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None
+) -> Callable[..., nn.Module]:
     """``build(drop_path=...)`` gives a fresh backbone with the same initial weights at every call and on every rank."""
 
     def build(drop_path: float = 0.0) -> nn.Module:

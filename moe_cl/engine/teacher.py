@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 
 def ema_(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
-    """theta_k <- m theta_k + (1 - m) theta_q in place, one fused pass (MoCo eq. 2); all tensors fp32 or fp64."""
+    """theta_k <- m theta_k + (1 - m) theta_q in place (MoCo eq. 2); all tensors fp32 or fp64.
+
+    As theta_k + (1 - m)(theta_q - theta_k): one pass over memory, and the rounding falls on the small term.
+    """
     for tensor in teacher[:1]:
         if tensor.dtype in (torch.bfloat16, torch.float16):
             raise TypeError("an EMA in 16 bits never moves at m = 0.999; keep the teacher in fp32")
     if teacher:
-        torch._foreach_mul_(teacher, momentum)
-        torch._foreach_add_(teacher, student, alpha=1.0 - momentum)
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
 
 class Teacher:

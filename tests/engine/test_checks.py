@@ -1,0 +1,100 @@
+"""What is refused before any process starts, each with one line."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_cl.config import ConfigError, RunConfig
+from moe_cl.engine import checks
+
+
+def make(**changes):
+    cfg = RunConfig()
+    cfg.moe.blocks, cfg.moe.experts = "odd", 8
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        setattr(getattr(cfg, group), name, value)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "says"),
+    [
+        ({"moe__ep_size": 3}, 3, "moe.ep_size 3 does not divide the 8 experts"),
+        ({"moe__ep_size": 4}, 2, "moe.ep_size 4 does not divide the 2 ranks"),
+        ({"moe__ep_size": 2, "moe__blocks": "none"}, 2, "without experts"),
+        ({"moe__top_k": 9}, 1, "moe.top_k 9 must lie between 1 and moe.experts 8"),
+        ({"moe__blocks": "even"}, 1, "write none, odd, all or a list"),
+        ({"batch__global_batch": 255}, 2, "batch.global_batch 255 does not divide over 2 ranks; take 256"),
+        ({"batch__micro_batch": 48}, 2, "batch.micro_batch 48 does not divide the 128 samples of a rank"),
+        ({"batch__accumulation": 3}, 2, "batch.accumulation 3 does not divide the 128 samples"),
+        ({"batch__accumulation": 2, "batch__micro_batch": 128}, 2, "but global_batch is 256"),
+        ({"engine__ds_config": "nowhere.json"}, 1, "'nowhere.json' is no file; ds_configs/ has"),
+        ({"schedule__warmup_epochs": 200.0}, 1, "is longer than the 100.0 epochs"),
+        ({"schedule__epochs": 0.0}, 1, "must be above 0"),
+    ],
+)
+def test_refused(changes, world, says):
+    with pytest.raises(ConfigError) as error:
+        checks.check(make(**changes), world)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3, which DeepSpeed's MoE does not support"),
+        ({"bf16": {"enabled": True}}, "set engine.precision=bf16 instead"),
+        ({"fp16": {"enabled": True}}, "set engine.precision=fp16 instead"),
+        ({"train_batch_size": 64}, "has train_batch_size = 64, but the recipe's batch.global_batch = 256"),
+        ({"gradient_accumulation_steps": 4}, "has gradient_accumulation_steps = 4, but the recipe's accumulation = 1"),
+        ({"gradient_clipping": 1.0}, "has gradient_clipping = 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "belong to the recipe"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+            "has torch_autocast bf16, but engine.precision = fp32",
+        ),
+    ],
+)
+def test_json_and_recipe_may_not_disagree(tmp_path, config, says):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as error:
+        checks.ds_config(make(engine__ds_config=str(path), engine__precision="fp32"), 1, True)
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_json_is_named(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        checks.ds_config(make(engine__ds_config=str(path)), 1, True)
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no g\+\+ found"):
+        checks.check(make(), 1)
+
+
+@given(
+    micro=st.integers(1, 64), accumulation=st.integers(1, 8), world=st.integers(1, 64), given_=st.sampled_from("man")
+)
+def test_batch_identity_holds(micro, accumulation, world, given_):
+    cfg = make(batch__global_batch=micro * accumulation * world)
+    cfg.batch.micro_batch = micro if given_ == "m" else None
+    cfg.batch.accumulation = accumulation if given_ == "a" else None
+    b = checks.batch_identity(cfg, world)
+    assert b.micro_batch * b.accumulation * b.ranks == b.global_batch
+    if given_ == "n":
+        assert b.accumulation == 1
+
+
+def test_clipping_is_always_written_and_precision_filled_in():
+    config = checks.ds_config(make(engine__precision="bf16"), 2, True)
+    assert config["gradient_clipping"] == 0.0
+    assert checks.precision_of(config) == "bf16"
+    assert config["train_batch_size"] == 256 and config["train_micro_batch_size_per_gpu"] == 128
+    assert checks.precision_of(checks.ds_config(make(engine__precision="fp32"), 2, True)) == "fp32"

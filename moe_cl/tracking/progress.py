@@ -13,15 +13,15 @@ from typing import Any, TextIO
 import psutil
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 DATA_WAIT = 0.2  # share of the time spent waiting for data above which the user is told what to do
 ADVICE = (
-    "{share:.0%} of the time goes to waiting for data: raise data.workers (now the processors are the limit if they are "
-    "all busy), data.prefetch, or give images stored at a smaller size; `python -m moe_cl doctor` measures the reader"
+    "{share:.0%} of the time goes to waiting for data: raise data.workers (while processors are free) or data.prefetch, "
+    "or store smaller images; `python -m moe_cl doctor` measures the reader"
 )
 
 
@@ -79,20 +79,20 @@ class Progress:
         self._memory, self._memory_time, self._advised, self._bar = 0.0, 0.0, False, None
         self._step, self._values = start, {}
         if enabled and self._stream.isatty():
-            columns = (
-                SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-            )  # fmt: skip
+            # On a narrow terminal the bar gives way, not the numbers.
+            text = TextColumn("[bold]{task.description}[/] {task.completed:.0f}/{task.total:.0f}  {task.fields[line]}")
+            columns = (SpinnerColumn(), text, BarColumn(bar_width=None, table_column=Column(ratio=1)))
             self._bar = Bar(*columns, console=Console(file=self._stream), refresh_per_second=4, expand=True)
             self._task = self._bar.add_task(what, total=total, completed=start, line="")
             self._bar.start()
 
-    def update(self, step: int, values: Mapping[str, Any] = {}) -> None:  # noqa: B006 (never written to)
+    def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
         """``step`` steps are done. ``values``, each if known: ``loss``, ``images_per_second``, ``data_wait`` (share of
         the time, 0 to 1), ``memory_gib`` (else this machine's own), and others, printed as they are."""
         if not self.enabled:
             return
-        self._step, self._values = step, dict(values)
+        values = dict(values or {})
+        self._step, self._values = step, values
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=self.line(now))

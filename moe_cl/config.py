@@ -1,7 +1,7 @@
 """One typed tree for a run: recipe YAML + ``a.b=c`` overrides; an unknown key is an error with the nearest name.
 
-A recipe names its method (``method: crmoe``) and gives the method's own hyper-parameters under ``params``; their type is
-the method's ``Params`` dataclass, handed in by the caller (this file imports nothing of ours).
+A recipe names its method (``method: crmoe``) and gives the method's own hyper-parameters under ``params``; their type
+is the method's ``Params`` dataclass, handed in by the caller (this file imports nothing of ours).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What ranks say to each other: gather, reduce, broadcast, uneven all-to-all; with and without gradient.
 
 Gradient convention of every ``*_grad`` collective: the backward gives the gradient of the *sum over ranks* of the
-ranks' losses. Averaging over data-parallel ranks (DeepSpeed, or ``mean_gradients``) then gives the gradient of the mean.
+ranks' losses. Averaging over data-parallel ranks (DeepSpeed, or ``mean_gradients``) then gives that of the mean.
 
 Three kinds: ``LocalComm`` (one rank, no process group needed), ``DistComm`` (a torch.distributed group) and ``SimComm``
 (several ranks as threads of one process: property tests of routing and losses without starting processes).

@@ -1,8 +1,9 @@
 """Counter-based random numbers: a value is a function of its key alone, never of who asks or in what order.
 
 ``generator`` (NumPy Philox) draws the parameters of a view; ``uniform``/``normal`` draw per-sample tensors inside a
-network (router noise, drop-path) from 64-bit keys, the same numbers for any split of the batch over ranks, micro-batches
-or replays. The mixer is splitmix64 (Steele, Lea, Flood 2014), its finaliser applied twice over key and counter.
+network (router noise, drop-path) from 64-bit keys, the same numbers for any split of the batch over ranks,
+micro-batches or replays. The mixer is splitmix64 (Steele, Lea, Flood 2014), its finaliser applied twice over key and
+counter.
 """
 
 from __future__ import annotations

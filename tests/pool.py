@@ -1,6 +1,7 @@
-"""One pool of gloo ranks for the whole pytest run: ``pool.run(world, fn, *args)`` calls ``fn(comm, *args)`` on each rank.
+"""One pool of gloo ranks for the whole pytest run: ``pool.run(world, fn, *args)`` calls ``fn(comm, *args)`` on each.
 
-A rank costs a Python start with torch; started once and re-used for every test, with a process group per world size.
+A rank costs a Python start with torch; started once and re-used for every test. The default process group has exactly
+``world`` ranks (DeepSpeed takes all of it): it is torn down and made anew when a test wants another number.
 Functions are sent by name, so they live at module level of a test file. Results come back in rank order.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,30 +26,46 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    import torch
+def _join(rank: int, world: int, port: int) -> None:
+    """Leave the present default group, DeepSpeed's derived ones included, and join one of ``world`` ranks."""
     import torch.distributed as dist
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    if dist.is_initialized():
+        if "deepspeed.comm.comm" in sys.modules and sys.modules["deepspeed.comm.comm"].cdb is not None:
+            sys.modules["deepspeed.comm.comm"].destroy_process_group()
+        else:
+            dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+
+
+def _serve(rank: int, tasks: Any, results: Any) -> None:
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    import torch
 
     from moe_cl.comm import DistComm
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
-    groups = {world: dist.new_group(list(range(world))) for world in range(1, size)}
+    current = None
     while (task := tasks.get()) is not None:
-        number, world, fn, args = task
+        number, group, fn, args = task
         try:
-            comm = DistComm(groups.get(world))
-            results.put((number, rank, True, fn(comm, *args)))
+            if group != current:
+                _join(rank, *group)
+                current = group
+            # Precision is a global of DeepSpeed's: one test's bf16 must not reach the next test's fp32 engine.
+            if "deepspeed.runtime.torch_autocast" in sys.modules:
+                sys.modules["deepspeed.runtime.torch_autocast"].TORCH_AUTOCAST_INITIALIZED = False
+            results.put((number, rank, True, fn(DistComm(), *args)))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
 
 
 class Pool:
-    """Up to ``size`` ranks, started at first use. A failed or silent rank ends the pool; the next call starts a fresh one."""
+    """Up to ``size`` ranks, started at first use. A failed or silent rank ends the pool; the next starts afresh."""
 
     def __init__(self, size: int = 4):
         self.size, self._procs, self._number = size, [], 0
@@ -56,9 +74,9 @@ class Pool:
         context = mp.get_context("spawn")
         self._tasks = [context.Queue() for _ in range(self.size)]
         self._results = context.Queue()
-        port = free_port()
+        self._group = (0, 0)
         self._procs = [
-            context.Process(target=_serve, args=(r, self.size, port, self._tasks[r], self._results), daemon=True)
+            context.Process(target=_serve, args=(r, self._tasks[r], self._results), daemon=True)
             for r in range(self.size)
         ]
         for proc in self._procs:
@@ -68,9 +86,11 @@ class Pool:
         """``fn(comm, *args)`` on ranks 0..world-1; raises with the traceback of the first rank that failed."""
         if not self._procs:
             self._start()
+        if self._group[0] != world:
+            self._group = (world, free_port())
         self._number += 1
         for tasks in self._tasks[:world]:
-            tasks.put((self._number, world, fn, args))
+            tasks.put((self._number, self._group, fn, args))
         out: list[Any] = [None] * world
         for _ in range(world):
             try:

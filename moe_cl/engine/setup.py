@@ -19,7 +19,7 @@ from moe_cl.engine import checks, optim, schedules
 from moe_cl.engine.step import Parts, Student
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method
-from moe_cl.models.build import build_backbone
+from moe_cl.models.build import from_config
 
 
 @dataclass
@@ -39,39 +39,22 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def backbone_builder(
-    cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None
-) -> Callable[..., nn.Module]:
-    """``build(drop_path=...)`` gives a fresh backbone with the same initial weights at every call and on every rank."""
-
-    def build(drop_path: float = 0.0) -> nn.Module:
-        torch.manual_seed(cfg.seed)
-        return build_backbone(
-            cfg.model.backbone,
-            moe=cfg.moe if checks.has_moe(cfg) else None,
-            moe_factory=moe_factory,
-            drop_path=drop_path,
-            activation_checkpointing=cfg.model.activation_checkpointing,
-            comm=comm,
-            **cfg.model.options,
-        )
-
-    return build
-
-
 def build_method(
     cfg: RunConfig, comm: Comm, moe_factory: Callable[..., nn.Module] | None
 ) -> tuple[Method, Encoder, Encoder | None]:
     """Method, student and teacher modules, without any engine (also what evaluation and tests start from)."""
     method = methods.get(cfg.method)(cfg.params, comm, statistics=cfg.engine.statistics)
-    build = backbone_builder(cfg, comm, moe_factory)
-    student = method.build_student(build(cfg.model.drop_path))
-    teacher = method.build_teacher(build())
-    return method, student, teacher
+
+    def backbone(teacher: bool) -> nn.Module:
+        torch.manual_seed(cfg.seed)  # the same initial weights on every rank, for student and teacher
+        moe = cfg.moe if checks.has_moe(cfg) else None
+        return from_config(cfg.model, moe, moe_factory=moe_factory, comm=comm, teacher=teacher)
+
+    return method, method.build_student(backbone(False)), method.build_teacher(backbone(True))
 
 
 def broadcast_buffers(modules: list[nn.Module], comm: Comm) -> None:
-    """Rank 0's buffers on every rank: the engine broadcasts parameters only (queue, pointer, centres, BN statistics)."""
+    """Rank 0's buffers (queue, centres, BN statistics) on every rank: the engine broadcasts parameters only."""
     for module in modules:
         for buffer in module.buffers():
             comm.broadcast(buffer)
@@ -89,7 +72,7 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     if checks.has_moe(cfg):
         from moe_cl.moe import layer
 
-        factory = layer.factory(cfg.moe, cfg.seed)
+        factory = layer.factory(cfg.moe, cfg.seed, config.get("use_data_before_expert_parallelism", False))
     method, student, teacher_module = build_method(cfg, comm, factory)
     student.to(device)
     method.to(device)

@@ -1,7 +1,8 @@
 """The plain and the accumulated driver of the method contract (``moe_cl/methods/base.py``).
 
-One engine forward a micro-batch runs encode and loss inside the engine's precision context; the packed all-reduce comes
-before the last backward, so that a non-finite loss on any rank stops all of them before optimizer, queue or centre move.
+One engine forward a micro-batch runs encode and loss inside the engine's precision context; the packed all-reduce
+comes before the last backward, so that a non-finite loss on any rank stops all of them before optimizer, queue or
+centre move.
 """
 
 from __future__ import annotations

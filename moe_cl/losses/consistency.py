@@ -1,4 +1,4 @@
-"""CR-MoE's consistency of routing: the gate vector of a token should be that of the patch it overlaps in the other view.
+"""CR-MoE's consistency of routing: a token's gate vector should be that of the patch it overlaps in the other view.
 
 Per MoE layer and direction (query view -> key view), one slot a token position: slot 0 is cls, slot 1+i is patch i of
 the query view with the key patch that overlaps it most. Negatives of a slot are the other images' keys at the same
@@ -76,7 +76,7 @@ def _gather_sparse(idx: Tensor, w: Tensor, experts: int, comm: Comm) -> tuple[Te
 
 
 def _slots(x: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """(L, 2, B, T, k) keys -> (B, L, 2, 1+P, k): direction 0 takes view 2 at ``first``, direction 1 view 1 at ``second``.
+    """(L, 2, B, T, k) keys -> (B, L, 2, 1+P, k): view 2 at ``first`` for direction 0, view 1 at ``second`` for 1.
 
     Without matches: cls alone.
     """

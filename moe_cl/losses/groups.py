@@ -29,8 +29,8 @@ def parse(statistics: str) -> int | str:
 
 @dataclass
 class Groups:
-    """``count``: G over all ranks. ``ids``: (B,) group of each local sample, from 0. ``slots``: how many this rank keeps
-    (its own ones when every group lies on one rank, else all G). ``shared``: groups span ranks."""
+    """``count``: G over all ranks. ``ids``: (B,) group of each local sample, from 0. ``slots``: how many this rank
+    keeps (its own ones when every group lies on one rank, else all G). ``shared``: groups span ranks."""
 
     count: int
     ids: Tensor
@@ -40,8 +40,8 @@ class Groups:
     def sum(self, x: Tensor, comm: Comm) -> Tensor:
         """Per-sample values (B, ...) -> sums over each group (slots, ...), over ranks where groups span them.
 
-        The gradient is that of the mean over ranks: values are the global sums, and each rank's backward carries W times
-        its own rows, which the average over ranks undoes.
+        The gradient is that of the mean over ranks: values are the global sums, and each rank's backward carries W
+        times its own rows, which the average over ranks undoes.
         """
         local = x.new_zeros(self.slots, *x.shape[1:]).index_add(0, self.ids, x)
         if not self.shared:
@@ -64,9 +64,7 @@ def make(statistics: str, samples: int, comm: Comm, device: torch.device) -> Gro
     kind, total = parse(statistics), samples * comm.world
     count = {"global": 1, "published": comm.world}.get(kind, 0) if isinstance(kind, str) else total // kind
     if isinstance(kind, int) and (count == 0 or total % kind):
-        raise ConfigError(
-            f"engine.statistics: groups of {kind} images do not divide the {total} of a global micro-batch"
-        )
+        raise ConfigError(f"engine.statistics: groups of {kind} images do not divide a global batch of {total}")
     ids = (comm.rank + torch.arange(samples, device=device) * comm.world) % count
     if count % comm.world == 0:  # every group lies on one rank: group g on rank g mod W
         return Groups(count, ids // comm.world, count // comm.world, False)

@@ -20,9 +20,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from moe_cl import rng
 from moe_cl.comm import Comm
 from moe_cl.models.build import Encoded
 from moe_cl.views.spec import Batch
+
+_TEACHER = 0x74656163  # purpose of the folded keys
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Progress:
         return self.step // self.steps_per_epoch
 
 
+def view_counts(batch: Batch) -> list[int]:
+    """Views of each resolution: batch norm in a backbone has statistics a view."""
+    return [len(x) // len(batch.sample_ids) for x in batch.views]
+
+
 class Encoder(nn.Module):
     """A backbone and the heads on it, in one module so that the engine sees one forward.
 
@@ -67,6 +75,17 @@ class Encoder(nn.Module):
         return self.heads[name](*inputs)
 
 
+def summed(terms: dict[str, Tensor], metrics: dict[str, Tensor], **pending: Tensor) -> StepOutput:
+    """A step's output from its weighted loss terms (with graph), each of them reported."""
+    reported = {name: term.detach() for name, term in terms.items()}
+    return StepOutput(sum(terms.values()), {**reported, **metrics}, pending)
+
+
+def teacher_keys(batch: Batch) -> Tensor | None:
+    """The batch's random keys, folded: the teacher's noise is independent of the student's on the same view."""
+    return None if batch.keys is None else rng.fold(batch.keys, _TEACHER)
+
+
 Net = Callable[..., Any]  # an Encoder, the engine around one, or the teacher in the engine's precision context
 
 
@@ -78,9 +97,10 @@ class Method(nn.Module):
     teacher_update: ClassVar[Literal["before_keys", "after_step", "none"]] = "before_keys"
     in_batch_negatives: ClassVar[bool] = False  # accumulation changes the objective (a warning says so)
 
-    def __init__(self, params: Any, comm: Comm):
+    def __init__(self, params: Any, comm: Comm, statistics: str = "global"):
+        """``statistics``: over which samples balance and consistency are taken (``moe_cl.losses.groups``)."""
         super().__init__()
-        self.params, self.comm, self.progress = params, comm, Progress()
+        self.params, self.comm, self.statistics, self.progress = params, comm, statistics, Progress()
         self.student: Net
         self.teacher: Net | None = None
 
@@ -99,11 +119,11 @@ class Method(nn.Module):
 
     def encode_student(self, net: Net, batch: Batch) -> Encoded:
         """Backbone features of the views the student sees (default: all)."""
-        return net("encode", batch.views, batch.keys)
+        return net("encode", batch.views, batch.keys, view_counts(batch))
 
     def encode_teacher(self, net: Net, batch: Batch) -> Encoded:
-        """Backbone features of the views the teacher sees (default: all)."""
-        return net("encode", batch.views, batch.keys)
+        """Backbone features of the views the teacher sees (default: all), with router noise of its own."""
+        return net("encode", batch.views, teacher_keys(batch), view_counts(batch))
 
     def loss(self, student: Encoded, teacher: Encoded | None, batch: Batch, comm: Comm) -> StepOutput:
         """Heads and objective on the whole local batch."""

@@ -1,0 +1,69 @@
+"""CR-MoE (Meng et al., TMLR 2023): MoCo v3 on a ViT with sparse experts, routing kept balanced and consistent.
+
+L = L_cl + w_lb * sum over layers and views [CV2(importance) + CV2(load)] + w_G * sum over layers L_G (crmoe.md 1.7).
+``consistency: none`` is the naive V-MoE + MoCo v3 baseline; ``cls`` aligns the cls token's gate alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_cl.comm import Comm
+from moe_cl.config import ConfigError
+from moe_cl.losses.consistency import Match, consistency
+from moe_cl.methods import mocov3, routing
+from moe_cl.models.build import Encoded
+from moe_cl.views import crops
+from moe_cl.views.spec import Batch
+
+
+@dataclass
+class Params(mocov3.Params):
+    """Defaults: the paper's VMoE-S/16. ``threshold``: smallest IoU (lambda) of patches that overlap."""
+
+    consistency: Literal["none", "cls", "overlap"] = "overlap"
+    consistency_weight: float = 0.001
+    alpha: float = 0.3  # share of the patches in L_G, the rest is cls
+    threshold: float = 0.2
+    activation: Literal["gated", "softmax"] = "gated"  # gate vector: the k kept weights, or all probabilities
+
+
+class CRMoE(mocov3.MoCoV3):
+    """MoCo v3 and the two losses on the routing of both views."""
+
+    Params = Params
+
+    def terms(
+        self, student: Encoded, teacher: Encoded, batch: Batch, comm: Comm
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        terms, metrics = super().terms(student, teacher, batch, comm)
+        p = self.params
+        if p.consistency == "none" or p.consistency_weight == 0:
+            return terms, metrics
+        if not student.routing or not student.routing[0]:
+            raise ConfigError("crmoe needs experts: set moe.blocks=odd, or params.consistency=none for a dense ViT")
+        q_idx, q_w, experts = routing.sparse_gates(student, 2, p.activation)
+        with torch.no_grad():
+            k_idx, k_w, _ = routing.sparse_gates(teacher, 2, p.activation)
+        match = None
+        if p.consistency == "overlap":
+            match = self.match(batch.boxes, q_w.shape[3] - 1)
+            metrics["health/match_rate"] = (match.valid1.float().mean() + match.valid2.float().mean()) / 2
+        total, per_layer = consistency(
+            q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics
+        )
+        terms["loss/consistency"] = p.consistency_weight * total
+        metrics.update({f"health/consistency/L{layer}": value for layer, value in enumerate(per_layer)})
+        return terms, metrics
+
+    def match(self, boxes: Tensor, patches: int) -> Match:
+        """Overlapping patches of the two views, once for all layers. boxes: (2, B, 5)."""
+        return Match(*crops.match(boxes[0], boxes[1], math.isqrt(patches), self.params.threshold))
+
+
+METHOD = CRMoE

@@ -39,13 +39,19 @@ def view_count(views: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replay() -> Iterator[None]:
-    """Inside, running statistics stay as they are: checkpointing's second forward counts no batch twice."""
+def replay(views: int) -> Iterator[None]:
+    """As ``view_count``, and running statistics stay: checkpointing's second forward counts no batch twice."""
     token = _replay.set(True)
     try:
-        yield
+        with view_count(views):
+            yield
     finally:
         _replay.reset(token)
+
+
+def current_views() -> int:
+    """What the enclosing ``view_count`` says."""
+    return _views.get()
 
 
 class BatchNorm(_BatchNorm):

@@ -1,7 +1,7 @@
 """Projectors and predictors: MoCo v1/v2, MoCo v3, SimCLR, and DINO's head with weight-normalised prototypes.
 
-Every head is called as ``head(x, views)`` with x (V*B, D) view-major; batch norm takes its statistics per view, and over
-``comm``'s ranks where one is given.
+Every head is called as ``head(x, views)`` with x (V*B, D) view-major; batch norm takes its statistics per view, and
+over ``comm``'s ranks where one is given.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-DATA_WAIT = 0.2  # share of the time spent waiting for data above which the user is told what to do
+DATA_WAIT = 0.2  # share of the time above which the user is told what to do
 ADVICE = (
-    "{share:.0%} of the time goes to waiting for data: raise data.workers (while processors are free) or data.prefetch, "
-    "or store smaller images; `python -m moe_cl doctor` measures the reader"
+    "{share:.0%} of the time goes to waiting for data: raise data.workers (while processors are free), "
+    "data.prefetch, or store smaller images; `python -m moe_cl doctor` measures the reader"
 )
 
 

@@ -1,0 +1,84 @@
+"""A node's processors, memory, network and accelerators, sampled by a thread of its first rank.
+
+Each node appends to ``OUT/system/HOST.jsonl`` (the out dir is shared); rank 0's tracker reads all of them, so that one
+process alone talks to the server. Keys: ``system/HOST/cpu_percent`` and so on.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moe_cl.tracking.journal import Journal
+
+
+def sample(before: dict[str, float] | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """(values, counters). Rates need the counters of the sample before. Units: percent, GiB, MB/s."""
+    memory, network, disk = psutil.virtual_memory(), psutil.net_io_counters(), psutil.disk_io_counters()
+    counters = {"time": time.monotonic(), "network_sent": network.bytes_sent, "network_received": network.bytes_recv}
+    if disk is not None:
+        counters |= {"disk_read": disk.read_bytes, "disk_written": disk.write_bytes}
+    values = {"cpu_percent": psutil.cpu_percent(), "memory_gib": memory.used / 2**30, "memory_percent": memory.percent}
+    if before is not None:
+        seconds = max(1e-3, counters["time"] - before["time"])
+        for name in counters.keys() & before.keys() - {"time"}:
+            values[f"{name}_mb_s"] = (counters[name] - before[name]) / seconds / 1e6
+    return values | _accelerators(), counters
+
+
+def _accelerators() -> dict[str, float]:
+    """Utilisation, memory and power of each NVIDIA device, through NVML; nothing where there is none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    values = {}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        values[f"gpu{i}/memory_gib"] = (total - free) / 2**30
+        try:
+            values[f"gpu{i}/utilization_percent"] = float(torch.cuda.utilization(i))
+            values[f"gpu{i}/power_w"] = torch.cuda.power_draw(i) / 1000
+        except (ModuleNotFoundError, RuntimeError):  # NVML's Python package is not there, or the driver refuses
+            continue
+    return values
+
+
+class Monitor:
+    """Samples every ``seconds`` until ``close``. The training loop sets ``step`` (optimizer steps done).
+
+    Args:
+        out: the run's folder. resume_step: as for the Journal.
+    """
+
+    def __init__(self, out: str | Path, seconds: float = 15.0, resume_step: int | None = None):
+        self.seconds, self.step, self._stop = seconds, resume_step or 0, threading.Event()
+        self.host = re.sub(r"[^\w.-]", "_", socket.gethostname().partition(".")[0]) or "node"
+        path = Path(out) / "system" / f"{self.host}.jsonl"
+        self._journal = Journal(path, resume_step, max_bytes=8 << 20, keep=4)
+        self._thread = threading.Thread(target=self._run, name="system", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        _, counters = sample()
+        while not self._stop.wait(self.seconds):
+            values, counters = sample(counters)
+            self._journal.step(self.step, {f"system/{self.host}/{k}": v for k, v in values.items()})
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+        self._journal.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()

@@ -1,4 +1,4 @@
-"""Whole steps on ViTs: MoCo v3 (one rank, two ranks with synchronised BN) and CR-MoE, as the published code has them."""
+"""Whole steps on ViTs: MoCo v3 (one rank, two ranks with synchronised BN) and CR-MoE, as published."""
 
 from pathlib import Path
 

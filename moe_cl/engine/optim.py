@@ -7,7 +7,6 @@ None means in plain PyTorch; DeepSpeed's stage 0 makes zeros of it, and a flat Z
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,13 +16,6 @@ from torch import Tensor, nn
 from moe_cl.config import OptimConfig
 
 Groups = list[dict[str, Any]]
-
-
-def effective_lr(optim: OptimConfig, global_batch: int) -> float:
-    """The peak learning rate: base_lr x global/256 (linear), x sqrt(global) (sqrt; SimCLR B.1) or as it is (none)."""
-    return (
-        optim.base_lr * {"linear": global_batch / 256, "sqrt": math.sqrt(global_batch), "none": 1.0}[optim.lr_scaling]
-    )
 
 
 def is_expert(name: str, p: Tensor) -> bool:

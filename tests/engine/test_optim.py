@@ -143,12 +143,6 @@ def test_a_frozen_group_is_skipped_whole():
     assert (last != 1).all() and float(adamw.state[last]["step"]) == 1
 
 
-def test_effective_lr():
-    assert optim.effective_lr(OptimConfig(base_lr=0.6), 4096) == pytest.approx(9.6)
-    assert optim.effective_lr(OptimConfig(base_lr=0.075, lr_scaling="sqrt"), 4096) == pytest.approx(4.8)
-    assert optim.effective_lr(OptimConfig(base_lr=0.03, lr_scaling="none"), 4096) == 0.03
-
-
 def test_an_expert_of_a_stack_has_its_own_norm():
     """LARS and per-tensor clip on a stack of experts equal those on separate tensors."""
     torch.manual_seed(0)

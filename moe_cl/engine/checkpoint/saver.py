@@ -1,0 +1,306 @@
+"""Saving and loading a run: ``Checkpointer``.
+
+A save copies this rank's pieces to host memory and returns; a thread writes them. Ranks meet in the file system alone
+(a collective in a background thread could overtake one of the step's): each leaves a ``rank-N.json`` in the staging
+directory when its files are on the disk, and rank 0's thread, when all are there, merges them into the manifest, renames
+the directory and moves the pointer. A rank that cannot write says so in its file, and the checkpoint is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from moe_cl.comm import Comm
+from moe_cl.config import CheckpointConfig, ConfigError
+from moe_cl.engine.checkpoint import restore, snapshot, store
+from moe_cl.engine.checkpoint.format import (
+    MANIFEST,
+    Damaged,
+    FileEntry,
+    Manifest,
+    Reader,
+    TensorEntry,
+    read_manifest,
+    verify_file,
+    write_bytes,
+    write_shard,
+)
+from moe_cl.engine.flat import FlatView
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run directory, on every rank.
+
+    Args:
+        out: the run directory, seen by all hosts.
+        cfg: retention and whether to write in the background.
+        comm: all ranks.
+        engine: DeepSpeed's engine (``optimizer`` is all that is needed of it).
+        student: the trained encoder, whose parameter names are the checkpoint's.
+        teacher: the teacher (object with ``module``), a module, or None.
+        method: its buffers are saved; None without.
+        config: the recipe as a plain tree, written beside the tensors.
+        patience: seconds that rank 0 waits for the other ranks' files.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        cfg: CheckpointConfig,
+        comm: Comm,
+        engine: Any,
+        student: nn.Module,
+        teacher: Any = None,
+        method: nn.Module | None = None,
+        config: dict[str, Any] | None = None,
+        patience: float = 600.0,
+    ):
+        self.out, self.cfg, self.comm, self.engine = Path(out), cfg, comm, engine
+        self.teacher: nn.Module | None = getattr(teacher, "module", teacher)
+        self.method, self.config, self.patience = method, config, patience
+        self.view = FlatView(student, engine.optimizer, comm)
+        self._hosts, self._thread, self._events = snapshot.HostCopies(), None, []
+        self._token = comm.gather_objects(secrets.token_hex(4))[0]
+        self.stall_seconds = 0.0
+        if comm.rank == 0:
+            store.remove_leftovers(self.out)
+
+    # -- saving --------------------------------------------------------------------------------------------------
+    def save(self, step: int, extra: dict[str, Any], wait: bool = False) -> None:
+        """Checkpoint of ``step`` optimizer steps; ``extra`` is JSON (cursor, schedules, ``metrics`` for keep_best).
+
+        Returns once this rank's state is copied (``asynchronous``), else or with ``wait`` once it is on the disk.
+        A failure to write never raises: it is an event (``drain_events``) and a line, and the run goes on.
+        """
+        begin = time.monotonic()
+        self.wait()
+        parts = snapshot.pieces(self.view, self.teacher, self.method)
+        hosts = self._hosts.take(parts)
+        job = _Job(
+            stage=store.staging(self.out, self._token, step),
+            step=step,
+            parts=parts,
+            hosts=hosts,
+            rng=snapshot.rng_state(),
+            steps=snapshot.optimizer_steps(self.view),
+            texts=self._texts(step, extra) if self.comm.rank == 0 else {},
+            metrics={k: float(v) for k, v in extra.get("metrics", {}).items()},
+        )
+        self._thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint-{step}")
+        self._thread.start()
+        if wait or not self.cfg.asynchronous:
+            self.wait()
+        self.stall_seconds = time.monotonic() - begin
+
+    def wait(self) -> None:
+        """Return when this rank's last save is done (rank 0: committed or given up)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.wait()
+
+    def drain_events(self) -> list[dict[str, Any]]:
+        """What happened since the last call, for the journal: name, step, seconds, bytes, reason."""
+        events, self._events = self._events, []
+        return events
+
+    def _texts(self, step: int, extra: dict[str, Any]) -> dict[str, str]:
+        engine, scaler = self.engine, snapshot.scaler_of(self.engine)
+        state = {
+            "step": step,
+            "extra": extra,
+            "engine": {k: int(getattr(engine, k)) for k in _COUNTERS if hasattr(engine, k)},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        texts = {"extra.json": json.dumps(state, indent=1)}
+        if self.config is not None:
+            texts["config.yaml"] = yaml.safe_dump(self.config, sort_keys=False)
+        return texts
+
+    def _write(self, job: _Job) -> None:
+        begin, rank = time.monotonic(), self.comm.rank
+        reason = None
+        try:
+            job.stage.mkdir(parents=True, exist_ok=True)
+            report = job.write(rank)
+        except OSError as error:
+            reason = f"{error.strerror or error}"
+            report = {"error": f"rank {rank}: {reason}"}
+            for path in job.stage.glob(f"*-{rank:05d}.safetensors"):
+                path.unlink(missing_ok=True)  # room for the word that it failed
+        try:
+            _leave(job.stage / f"rank-{rank:05d}.json", report)
+            if rank == 0:
+                size = self._commit(job)
+                seconds = time.monotonic() - begin
+                event = {"name": "checkpoint", "step": job.step, "seconds": round(seconds, 3), "bytes": size}
+                self._events.append(event)
+        except (OSError, _Failed) as error:
+            reason = reason or str(getattr(error, "strerror", None) or error)
+            shutil.rmtree(job.stage, ignore_errors=True)
+        if reason is not None:
+            self._events.append({"name": "checkpoint_failed", "step": job.step, "reason": reason})
+            if rank == 0:
+                last = store.latest_complete(self.out)
+                print(
+                    f"warning: no checkpoint at step {job.step} ({reason}); the run goes on, the last good one is "
+                    f"{last.name if last else 'none'} in {store.root(self.out)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _commit(self, job: _Job) -> int:
+        reports = _collect(job.stage, self.comm.world, self.patience)
+        manifest = Manifest(job.step, self.comm.world, metrics=job.metrics, created=time.time())
+        manifest.layout = {"zero": self.view.zero, "ranks": self.comm.world}
+        steps: dict[str, float] = {}
+        for report in reports:
+            manifest.files.update({name: FileEntry(**entry) for name, entry in report["files"].items()})
+            steps.update(report["steps"])
+            for name, shape, dtype, piece in report["pieces"]:
+                manifest.tensors.setdefault(name, TensorEntry(shape, dtype)).pieces.append(piece)
+        for name, text in {**job.texts, "optimizer.json": json.dumps(steps, indent=1, sort_keys=True)}.items():
+            manifest.files[name] = write_bytes(job.stage / name, [text.encode()])
+        for path in job.stage.glob("rank-*.json"):
+            path.unlink()
+        write_bytes(job.stage / MANIFEST, [manifest.dump().encode()])
+        store.commit(job.stage, job.step)
+        store.retain(self.out, self.cfg)
+        return sum(entry.bytes for entry in manifest.files.values())
+
+    # -- loading -------------------------------------------------------------------------------------------------
+    def load(self, path: str | Path | None = None) -> dict[str, Any] | None:
+        """Put the newest complete checkpoint (or ``path``) into the run; returns its ``extra``, None without one.
+
+        A damaged one is passed over for the one before it, with a line. Raises ConfigError if ``path`` is damaged, if
+        all are, or if the checkpoint is of another model.
+        """
+        candidates = [Path(path)] if path is not None else store.complete(self.out)
+        candidates = [Path(p) for p in self.comm.gather_objects([str(c) for c in candidates])[0]]
+        reasons = []
+        for candidate in candidates:
+            reason = self._verify(candidate)
+            if reason is None:
+                return self._restore(Reader(candidate))
+            reasons.append(reason)
+            if self.comm.rank == 0 and path is None:
+                print(f"warning: checkpoint {reason}; trying the one before it", file=sys.stderr, flush=True)
+        if reasons:
+            raise ConfigError(f"no checkpoint can be read: {reasons[0]}; start in another out dir or repair the file")
+        return None
+
+    def _verify(self, path: Path) -> str | None:
+        """Hash every file, dealt out over ranks; the first complaint of any rank, or None."""
+        complaint = None
+        try:
+            entries = sorted(read_manifest(path).files.items())
+            for name, entry in entries[self.comm.rank :: self.comm.world]:
+                verify_file(path, name, entry)
+        except Damaged as error:
+            complaint = str(error)
+        return next((c for c in self.comm.gather_objects(complaint) if c), None)
+
+    def _restore(self, reader: Reader) -> dict[str, Any]:
+        restore.load_student(reader, self.view)
+        restore.load_optimizer(reader, self.view, reader.json("optimizer.json"))
+        if self.teacher is not None:
+            restore.load_teacher(reader, self.teacher, self.view)
+        if self.method is not None:
+            restore.load_method(reader, self.method)
+        prefix = f"{self.comm.rank:05d}/"
+        state = {n.removeprefix(prefix): reader.tensor(f"rng/{n}") for n in reader.names("rng") if n.startswith(prefix)}
+        if state:  # a rank the checkpoint did not have keeps its own start
+            snapshot.set_rng_state(state)
+        tree = reader.json("extra.json")
+        self._restore_engine(tree)
+        return tree["extra"]
+
+    def _restore_engine(self, tree: dict[str, Any]) -> None:
+        for name in _COUNTERS:
+            if name in tree["engine"] and hasattr(self.engine, name):
+                setattr(self.engine, name, tree["engine"][name])
+        if hasattr(self.engine, "micro_steps"):
+            # Another world has another accumulation: what counts is that the next micro-batch opens a step.
+            self.engine.micro_steps = tree["engine"]["global_steps"] * self.engine.gradient_accumulation_steps()
+        scaler = snapshot.scaler_of(self.engine)
+        if scaler is not None and tree["scaler"]:
+            scaler.load_state_dict(tree["scaler"])
+
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+class _Failed(Exception):
+    """Some rank could not write its part."""
+
+
+class _Job:
+    """One rank's part of one save, complete in host memory."""
+
+    def __init__(self, **fields: Any):
+        self.__dict__.update(fields)
+
+    def write(self, rank: int) -> dict[str, Any]:
+        """Write the shards; returns what goes into the manifest."""
+        shards: dict[str, dict[str, torch.Tensor]] = {}
+        table = []
+        for part, host in zip(self.parts, self.hosts, strict=True):
+            kind = part.kind.split("/")[0]
+            file = f"{kind}-{rank:05d}.safetensors"
+            key = part.kind.split("/", 1)[1] + "/" + part.key if "/" in part.kind else part.key
+            # The whole of a tensor keeps its shape: a shard of one rank is a state dict to any reader.
+            shards.setdefault(file, {})[key] = host.view(part.shape) if part.whole else host.view(-1)
+            dtype = str(host.dtype).removeprefix("torch.")
+            piece = [file, key, part.start, part.start + host.numel()]
+            table.append([f"{part.kind}/{part.name}", list(part.shape), dtype, piece])
+        file = f"rng-{rank:05d}.safetensors"
+        shards[file] = {f"{rank:05d}/{key}": value for key, value in self.rng.items()}
+        for key, value in shards[file].items():
+            dtype = str(value.dtype).removeprefix("torch.")
+            table.append([f"rng/{key}", list(value.shape), dtype, [file, key, 0, value.numel()]])
+        files = {name: asdict(write_shard(self.stage / name, tensors)) for name, tensors in shards.items()}
+        return {"files": files, "pieces": table, "steps": self.steps}
+
+
+def _leave(path: Path, report: dict[str, Any]) -> None:
+    """A rank's word to rank 0; there only when complete."""
+    hidden = path.with_name(f".{path.name}")
+    write_bytes(hidden, [json.dumps(report).encode()])
+    hidden.rename(path)
+
+
+def _collect(stage: Path, world: int, patience: float) -> list[dict[str, Any]]:
+    """Every rank's report, in rank order. Raises _Failed with a rank's reason, or after ``patience`` seconds."""
+    reports: dict[int, dict[str, Any]] = {}
+    end = time.monotonic() + patience
+    while len(reports) < world:
+        for rank in set(range(world)) - set(reports):
+            path = stage / f"rank-{rank:05d}.json"
+            if path.is_file():
+                reports[rank] = json.loads(path.read_text())
+                if "error" in reports[rank]:
+                    raise _Failed(reports[rank]["error"])
+        if len(reports) < world:
+            if time.monotonic() > end:
+                silent = sorted(set(range(world)) - set(reports))
+                raise _Failed(
+                    f"rank {silent[0]} wrote nothing into {stage.parent} within {patience:.0f} s; "
+                    "is the out dir shared by all hosts?"
+                )
+            time.sleep(0.01)
+    return [reports[rank] for rank in range(world)]

@@ -110,7 +110,7 @@ def _close(stream: BinaryIO, key: str | None, group: list[tuple[str, tarfile.Tar
         row["fault"] = ZERO_LENGTH
     else:
         try:
-            header = probe(_Window(stream, member.offset_data, member.size))
+            header = probe(Window(stream, member.offset_data, member.size))
             row |= {"width": header.width, "height": header.height}
         except BadImage:
             pass  # width 0 says so; the loader and lint name it when they read the bytes
@@ -136,8 +136,8 @@ def _note(row: dict[str, Any], ext: str, data: bytes) -> None:
         row["name"] = str(value.get("name") or value.get("filename") or "")
 
 
-class _Window:
-    """A member's bytes as a seekable file, so that a header is read without the rest."""
+class Window:
+    """A part of a file as a seekable file: a member, so that its header is read without the rest, or a tar in a tar."""
 
     def __init__(self, stream: BinaryIO, offset: int, size: int):
         self._stream, self._offset, self._size, self._at = stream, offset, size, 0

@@ -38,6 +38,7 @@ class ShardIndex:
         bytes, sha256: of the whole tar; the hash is empty where nobody computed it.
         faults: row -> ``zero_length_member`` or ``unsafe_member``; such a row is a slot without an image.
         ignored: groups of members that hold no image.
+        skipped: (name, reason) of samples that the sharder left out of this shard.
     """
 
     keys: list[str]
@@ -52,6 +53,7 @@ class ShardIndex:
     sha256: str = ""
     faults: dict[int, str] = field(default_factory=dict)
     ignored: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,6 +72,7 @@ class ShardIndex:
         columns = {"keys": self.keys, "names": self.names, "ext": self.ext}
         columns.update({c: getattr(self, c).tolist() for c in _COLUMNS})
         tail = {"faults": {str(k): v for k, v in sorted(self.faults.items())}, "ignored": self.ignored}
+        tail["skipped"] = [list(pair) for pair in self.skipped]
         return json.dumps(head | {"sha256": self.sha256} | columns | tail, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -84,8 +87,9 @@ class ShardIndex:
             if any(len(c) != tree["samples"] for c in (*numbers.values(), *lists.values())):
                 raise KeyError("samples")
             faults = {int(k): v for k, v in tree["faults"].items()}
+            skipped = [tuple(pair) for pair in tree["skipped"]]
             return cls(**lists, **numbers, bytes=tree["bytes"], sha256=tree["sha256"], faults=faults,
-                       ignored=tree["ignored"])  # fmt: skip
+                       ignored=tree["ignored"], skipped=skipped)  # fmt: skip
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{where}: not a shard index; build it again with `python -m data_prep index`") from None
 

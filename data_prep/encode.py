@@ -1,4 +1,4 @@
-"""What becomes of an image's bytes on the way into a shard: kept, resized, or made PNG if a shard has no such format."""
+"""What becomes of an image's bytes on the way into a shard: kept, resized, or made PNG where shards lack the format."""
 
 from __future__ import annotations
 

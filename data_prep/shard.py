@@ -150,9 +150,7 @@ def _text(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def _entry(
-    source: Source, plan: Plan, indexes: list[ShardIndex], skipped: list[tuple[int, str, str]]
-) -> dict[str, Any]:
+def _entry(source: Source, plan: Plan, indexes: list[ShardIndex]) -> dict[str, Any]:
     counts: Counter[int] = Counter()
     for index in indexes:
         counts.update(index.label.tolist())

@@ -175,6 +175,10 @@ def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...
         raise ConfigError(f"{folder}: no {DATASET} there; give a brace pattern of its tars")
     if not os.path.isdir(folder):
         raise ConfigError(f"{folder} does not exist; make shards with `python -m data_prep shard SOURCE --out DIR`")
+    if glob.glob(glob.escape(folder) + "/*.plan"):
+        raise ConfigError(
+            f"{folder}: sharding is not finished; give the same `python -m data_prep shard` command again"
+        )
     tars = sorted(glob.glob(glob.escape(folder) + "/*.tar"))
     if not tars:
         raise ConfigError(f"{folder} has neither {DATASET} nor a .tar; make shards with `python -m data_prep shard`")

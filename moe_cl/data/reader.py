@@ -1,0 +1,196 @@
+"""The bytes of samples, by shard and row: local files by ``pread``, remote ones by range requests, maybe cached.
+
+Nothing is unpacked to disk. Each sample is read with the tar header in front of it, so that an index that does not
+belong to its tar, a link or a name with ``..`` is noticed before its bytes are used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_cl.config import DataConfig
+from moe_cl.data import faults
+from moe_cl.data.cache import BlockCache
+from moe_cl.data.faults import SampleFault
+from moe_cl.data.index import Dataset
+from moe_cl.data.remote import Patience, RangeReader, patiently, transient
+from moe_cl.data.shard import UNSAFE_MEMBER, ZERO_LENGTH, ShardIndex, is_remote
+
+HEADER = 512
+OPEN_FILES = 64
+INDEXES = 4096  # shards whose columns are held; 1,000 samples each are 28 kB
+
+
+class Columns(NamedTuple):
+    """What reading needs of a shard's index."""
+
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    labelled: bool  # whether any sample of the shard has a label
+    pixels: np.ndarray
+    faults: dict[int, str]
+
+
+class Reader:
+    """Reads samples of a data set; made in the process that uses it."""
+
+    def __init__(self, dataset: Dataset, cfg: DataConfig):
+        self.dataset, self.max_pixels = dataset, cfg.max_pixels
+        self.patience = Patience(cfg.retry_seconds)
+        self._ranges = RangeReader(self.patience)
+        self._cache = BlockCache(cfg.cache_dir, cfg.cache_bytes, self._ranges.fetch) if cfg.cache_dir else None
+        self._columns: OrderedDict[int, Columns] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._sizes: dict[int, int] = {}
+        self._process = os.getpid()
+
+    def columns(self, shard: int) -> Columns:
+        """Offsets, sizes, labels of a shard (its index is read at first use). Raises SampleFault, ConfigError."""
+        if shard not in self._columns:
+            index = self._index(shard)
+            pixels = index.width.astype(np.int64) * index.height
+            self._columns[shard] = Columns(
+                index.offset, index.size, index.label, bool((index.label >= 0).any()), pixels, index.faults
+            )
+            if len(self._columns) > INDEXES:
+                self._columns.popitem(last=False)
+        return self._columns[shard]
+
+    def label(self, sample_id: int) -> tuple[int, bool]:
+        """Label of a sample, -1 where unknown, and whether it should have one (others of its shard do)."""
+        shard, row = self.dataset.locate(sample_id)
+        columns = self.columns(shard)
+        return int(columns.label[row]), columns.labelled
+
+    def key(self, sample_id: int) -> str:
+        """The sample's name in its tar, for messages."""
+        shard, row = self.dataset.locate(sample_id)
+        try:
+            return self._index(shard).keys[row]
+        except SampleFault:
+            return f"row {row}"
+
+    def read(self, sample_ids: Sequence[int]) -> list[bytes | SampleFault]:
+        """The image bytes of each sample, or its lasting fault in its place; remote ones are fetched together.
+
+        Raises:
+            SourceLost: a transient fault did not pass within ``retry_seconds``.
+        """
+        out: list[bytes | SampleFault] = []
+        remote: list[tuple[int, int, int, int]] = []
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        shards = np.searchsorted(self.dataset.starts, ids, side="right") - 1
+        rows = ids - self.dataset.starts[shards]
+        for slot, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            try:
+                start, stop = self._place(shard, row)
+                if is_remote(self.dataset.shards[shard].url):
+                    remote.append((slot, shard, start, stop))
+                    out.append(b"")
+                else:
+                    out.append(_member(self._local(shard, start, stop)))
+            except SampleFault as fault:
+                out.append(fault)
+        if remote:
+            self._remote(remote, out)
+        return out
+
+    def close(self) -> None:
+        """Close the shards."""
+        while self._files and self._process == os.getpid():
+            os.close(self._files.popitem()[1])
+
+    def _index(self, shard: int) -> ShardIndex:
+        url = self.dataset.shards[shard].url
+        try:
+            return patiently(lambda: self.dataset.index(shard), url, self.patience)
+        except OSError as error:
+            raise SampleFault(faults.VANISHED_SHARD, f"index of {url}: {error}") from None
+
+    def _place(self, shard: int, row: int) -> tuple[int, int]:
+        columns = self.columns(shard)
+        if row in columns.faults:
+            raise SampleFault(columns.faults[row], "found when the shard was indexed")
+        if columns.size[row] == 0:
+            raise SampleFault(ZERO_LENGTH, "the member has no bytes")
+        if columns.pixels[row] > self.max_pixels:
+            raise SampleFault(faults.TOO_MANY_PIXELS, f"{columns.pixels[row]} pixels, data.max_pixels allows "
+                              f"{self.max_pixels}")  # fmt: skip
+        start = int(columns.offset[row])
+        return start - HEADER, start + int(columns.size[row])
+
+    def _local(self, shard: int, start: int, stop: int) -> bytes:
+        path = self.dataset.shards[shard].url
+        while True:
+            try:
+                data = os.pread(self._file(shard, path), stop - start, start)
+                if len(data) < stop - start:
+                    size = os.fstat(self._files[shard]).st_size
+                    raise SampleFault(faults.TRUNCATED_TAR, f"{path} has {size} bytes, byte {stop} was asked for")
+                self.patience.progress()
+                return data
+            except OSError as error:
+                if shard in self._files:
+                    os.close(self._files.pop(shard))
+                name = transient(error)
+                if name is None:
+                    raise SampleFault(faults.VANISHED_SHARD, f"{path}: {error.strerror}") from None
+                self.patience.pause(name, path, error)
+
+    def _file(self, shard: int, path: str) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._files) > OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        return self._files[shard]
+
+    def _remote(self, wanted: list[tuple[int, int, int, int]], out: list[Any]) -> None:
+        urls = [self.dataset.shards[shard].url for _, shard, _, _ in wanted]
+        if self._cache is None:
+            answers = self._ranges.fetch([(url, a, b) for url, (_, _, a, b) in zip(urls, wanted, strict=True)])
+        else:
+            ranges, answers = [], []
+            for url, (slot, shard, start, stop) in zip(urls, wanted, strict=True):
+                try:
+                    size = self._size(shard)
+                    if stop > size:
+                        raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
+                    ranges.append((slot, (url, size, start, stop)))
+                except SampleFault as fault:
+                    out[slot] = fault
+            wanted = [(slot, 0, 0, 0) for slot, _ in ranges]
+            answers = self._cache.read([r for _, r in ranges])
+        for (slot, *_), answer in zip(wanted, answers, strict=True):
+            try:
+                out[slot] = _member(answer) if isinstance(answer, bytes) else answer
+            except SampleFault as fault:
+                out[slot] = fault
+
+    def _size(self, shard: int) -> int:
+        if shard not in self._sizes:
+            known = self.dataset.shards[shard]
+            self._sizes[shard] = known.bytes or self._ranges.size(known.url)
+        return self._sizes[shard]
+
+
+def _member(data: bytes) -> bytes:
+    """The member's bytes after its tar header, which must be that of a plain file of this size. Raises SampleFault."""
+    name, kind = data[:100].split(b"\0", 1)[0], data[156:157]
+    try:
+        size = int(data[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        size = -1
+    if size != len(data) - HEADER and kind in (b"0", b"\0"):
+        raise SampleFault(faults.STALE_INDEX, "the tar's header is not where the index says; run `data_prep index`")
+    folder = data[345:500].split(b"\0", 1)[0] if data[257:263] == b"ustar\0" else b""
+    if kind not in (b"0", b"\0") or name.startswith(b"/") or b".." in (folder + b"/" + name).split(b"/"):
+        raise SampleFault(UNSAFE_MEMBER, f"member {name[:80].decode(errors='replace')!r} of type {kind!r}")
+    return data[HEADER:]

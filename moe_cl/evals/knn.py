@@ -1,0 +1,92 @@
+"""Weighted nearest-neighbour classification (Wu et al. 2018; EsViT and DINO: esvit.md section 3).
+
+Legend: n test rows, N bank rows, k neighbours, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_cl.comm import Comm, LocalComm
+from moe_cl.config import ConfigError
+
+
+def neighbours(bank: Tensor, rows: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
+    """The k largest dot products of each row with the bank: values and bank indices (n, k), best first.
+
+    The bank is read in blocks, so at most n x ``block`` similarities exist at once.
+    """
+    best, where = rows.new_full((len(rows), 0), 0.0), torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
+    for start in range(0, len(bank), block):
+        similarity = rows @ bank[start : start + block].T
+        value, index = similarity.topk(min(k, similarity.shape[1]), 1)
+        best, where = torch.cat([best, value], 1), torch.cat([where, index + start], 1)
+        best, kept = best.topk(min(k, best.shape[1]), 1)
+        where = where.gather(1, kept)
+    return best, where
+
+
+def vote(similarity_nk: Tensor, labels_nk: Tensor, classes: int, temperature: float) -> Tensor:
+    """Class scores (n, K): sum over neighbours of exp(similarity / T) at their class."""
+    scores = similarity_nk.new_zeros(len(similarity_nk), classes)
+    return scores.scatter_add_(1, labels_nk, (similarity_nk / temperature).exp())
+
+
+def hits(scores: Tensor, labels: Tensor, top: int) -> Tensor:
+    """(n,) bool: the label is among the ``top`` best scores (all classes if there are fewer).
+
+    Equal scores, such as those of classes without a vote, count in class order, as published.
+    """
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    return (best == labels[:, None]).any(1)
+
+
+@torch.no_grad()
+def knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    classes: int,
+    k: int | Sequence[int] = 20,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+    comm: Comm | None = None,
+) -> dict[str, float]:
+    """Accuracy of kNN by cosine similarity.
+
+    Args:
+        bank, test: features (N, D), (n, D), normalised here. bank_labels, test_labels: (N,), (n,) in [0, classes).
+        k: one number, or several at the cost of the largest. temperature: of the votes.
+        chunk: test rows at a time. comm: ranks that share the test rows (each holds both sets whole).
+
+    Returns:
+        ``top1`` and ``top5`` in [0, 1]; with several k ``k20/top1`` and so on.
+    """
+    comm = comm or LocalComm()
+    several = [k] if isinstance(k, int) else sorted(k)
+    if not len(bank) or not len(test):
+        raise ConfigError("kNN needs a bank and a test set with at least one image each")
+    bank = F.normalize(bank.float() if bank.dtype != torch.float64 else bank, dim=1)
+    bank_labels, labels = bank_labels.to(bank.device), test_labels.to(bank.device)
+    counts = torch.zeros(len(several), 2, dtype=torch.float64, device=bank.device)
+    for start in range(comm.rank * chunk, len(test), comm.world * chunk):
+        rows = F.normalize(test[start : start + chunk].to(bank.device, bank.dtype), dim=1)
+        similarity, index = neighbours(bank, rows, several[-1])
+        near = bank_labels[index]
+        for i, count in enumerate(several):
+            scores = vote(similarity[:, :count], near[:, :count], classes, temperature)
+            for j, top in enumerate((1, 5)):
+                counts[i, j] += hits(scores, labels[start : start + chunk], top).sum()
+    share = (comm.all_reduce(counts) / len(test)).tolist()
+    if isinstance(k, int):
+        return dict(zip(("top1", "top5"), share[0], strict=True))
+    return {
+        f"k{c}/{n}": v
+        for c, row in zip(several, share, strict=True)
+        for n, v in zip(("top1", "top5"), row, strict=True)
+    }

@@ -18,6 +18,7 @@ from moe_cl import rng
 from moe_cl.comm import Comm
 from moe_cl.data.order import digest_parts
 from moe_cl.engine.health import Agreed, agree
+from moe_cl.engine.optim import freeze
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method, StepOutput
 from moe_cl.moe import telemetry
@@ -102,6 +103,8 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
 def finish(parts: Parts, outputs: list[StepOutput], momentum: float, agreed: Agreed) -> None:
     """Optimizer, commit, teacher: everything after a whole step's gradient is there."""
     parts.method.after_backward(parts.student)
+    for pattern, frozen in parts.method.frozen().items():
+        freeze(parts.engine.optimizer, pattern, frozen)
     agreed.metrics.update(parts.before_step())
     with span("step"):
         parts.engine.step()

@@ -172,7 +172,13 @@ def from_config(
     comm: Comm | None = None,
     teacher: bool = False,
 ) -> Backbone:
-    """The backbone of a run's config; a teacher has no drop-path and keeps no graph (esvit.md 1.1)."""
+    """The backbone of a run's config; a teacher has no drop-path and keeps no graph (esvit.md 1.1).
+
+    Raises:
+        ConfigError: as ``build_backbone``; and ``vmoe_*`` without experts (a run says where they are).
+    """
+    if model.backbone.startswith("vmoe") and (moe is None or moe.blocks in ("none", [])):
+        raise ConfigError(f"{model.backbone} has experts: set moe.blocks (odd, all or a list)")
     return build_backbone(
         model.backbone,
         moe=moe,

@@ -192,6 +192,8 @@ def test_config_gives_student_and_teacher():
     student, teacher = from_config(model, MoEConfig()), from_config(model, MoEConfig(), teacher=True)
     assert student.blocks[1].drop1.rate == 0.2 and teacher.blocks[1].drop1.rate == 0
     teacher.load_state_dict(student.state_dict(), strict=True)
+    with pytest.raises(ConfigError, match="moe.blocks"):
+        from_config(ModelConfig(backbone="vmoe_small"), MoEConfig())
 
 
 def test_channels_last_changes_nothing():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_cl.comm import Comm, LocalComm, mean_gradients
+from moe_cl.config import OptimConfig
+from moe_cl.engine.optim import build, param_groups
 from moe_cl.engine.step import Parts, step
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method
@@ -18,8 +20,10 @@ from moe_cl.views.spec import Batch
 class PlainEngine:
     """What ``moe_cl.engine.step`` asks of an engine: forward, backward (gradients averaged over ranks), step."""
 
-    def __init__(self, student: Encoder, comm: Comm, optimizer: torch.optim.Optimizer | None = None):
-        self.student, self.comm, self.optimizer, self.losses = student, comm, optimizer, []
+    def __init__(self, student: Encoder, comm: Comm):
+        self.student, self.comm, self.losses = student, comm, []
+        still = OptimConfig(name="sgd", weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = build(param_groups(student, still), still, 0.0)
 
     def __call__(self, fn: Any) -> Tensor:
         return fn(self.student)
@@ -30,8 +34,7 @@ class PlainEngine:
         mean_gradients([p for p in self.student.parameters() if p.requires_grad], self.comm)
 
     def step(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.optimizer.step()
 
 
 class Run:
@@ -72,10 +75,8 @@ def _kept(module: nn.Module) -> Any:
 
 
 def batch_of(views: list[Tensor], boxes: Tensor | None = None, count: int = 2) -> Batch:
-    """A batch of ``count`` views (rows view-major) with places 0..B-1."""
-    samples = len(views[0]) // (count if boxes is None else len(boxes)) if len(views) == 1 else None
-    if samples is None:
-        samples = sum(map(len, views)) // count
-    boxes = torch.zeros(count, samples, 5) if boxes is None else boxes
+    """A batch of ``count`` views a sample (rows view-major) with places 0..B-1."""
+    samples = sum(map(len, views)) // count
     ids = torch.arange(samples)
+    boxes = torch.zeros(count, samples, 5) if boxes is None else boxes
     return Batch(views, boxes, ids, torch.full_like(ids, -1), ids)

@@ -16,8 +16,8 @@ from moe_cl.losses.precision import full_precision, unit, wide
 
 @dataclass
 class Joint:
-    """``loss`` = ``cross_entropy`` + ``covariance``, scalars with graph. logits: (N, 1+K). mean: (N, C) of the keys, not
-    re-normalised, for the queue. quadratic: (N,) q' Sigma q."""
+    """``loss`` = ``cross_entropy`` + ``covariance``, scalars with graph. logits: (N, 1+K). mean: (N, C) of the keys,
+    not re-normalised, for the queue. quadratic: (N,) q' Sigma q."""
 
     loss: Tensor
     cross_entropy: Tensor

@@ -104,6 +104,11 @@ class Method(nn.Module):
         self.student: Net
         self.teacher: Net | None = None
 
+    @property
+    def uses_regions(self) -> bool:
+        """True if ``loss`` reads region tokens; the exact large batch keeps them only then."""
+        return bool(getattr(self.params, "regions", False))
+
     def build_student(self, backbone: nn.Module) -> Encoder:
         """The trained network around a fresh backbone (attribute ``dim`` = feature width)."""
         raise NotImplementedError  # abstract
@@ -133,4 +138,8 @@ class Method(nn.Module):
         """Write this step's queue entries or centres; called only when the step was finite on every rank."""
 
     def after_backward(self, student: nn.Module) -> None:
-        """Between backward and optimizer (EsViT freezes its last layer here)."""
+        """Between backward and optimizer."""
+
+    def frozen(self) -> dict[str, bool]:
+        """Parameters that the optimizer skips whole in this step, by a part of their name (EsViT's last layer)."""
+        return {}

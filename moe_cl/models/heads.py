@@ -61,9 +61,13 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out, 1), requires_grad=train_scale)
         self.weight_v = nn.Parameter(nn.Linear(dim, out, bias=False).weight.detach().clone())
 
+    def weight(self) -> Tensor:
+        """(out, dim), normalised and scaled."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, dim) -> (n, out)."""
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        return F.linear(x, self.weight())
 
 
 class DINOHead(nn.Module):
@@ -101,8 +105,12 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = Prototypes(bottleneck, out, train_scale=not norm_last_layer)
 
-    def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """(V*B, dim) -> logits (V*B, out), rows of the bottleneck at unit length (in fp32)."""
+    def forward(self, x: Tensor, views: int = 1, project: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+        """(n, dim) -> logits (n, out).
+
+        ``project=False``: (rows (n, bottleneck) at unit length, weight (out, bottleneck)) for a loss that applies the
+        last layer in chunks.
+        """
         x = self.mlp(x, views) if isinstance(self.mlp, Head) else self.mlp(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self.last_layer(F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype))
+        z = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
+        return self.last_layer(z) if project else (z, self.last_layer.weight())

@@ -40,7 +40,13 @@ class SharedCounter:
 
 
 def run(
-    task: Callable[[Any, Any, Any], Any], shared: Any, jobs: Sequence[Any], workers: int, what: str, total: int
+    task: Callable[[Any, Any, Any], Any],
+    shared: Any,
+    jobs: Sequence[Any],
+    workers: int,
+    what: str,
+    total: int,
+    unit: str = "samples",
 ) -> Iterator[tuple[Any, Any]]:
     """Yields (job, result) as jobs end.
 
@@ -48,10 +54,10 @@ def run(
         task: ``task(shared, counter, job)``, a module-level function; calls ``counter.add`` as samples are done.
         shared: sent to each worker once (inherited where a fork is safe).
         workers: processes; 1 runs here.
-        total: samples over all jobs, for the bar.
+        total: samples (or another ``unit``) over all jobs, for the bar.
     """
     if workers <= 1 or len(jobs) <= 1:
-        with Progress(what, total, "samples") as progress:
+        with Progress(what, total, unit) as progress:
             counter = Counter(progress)
             for job in jobs:
                 yield job, task(shared, counter, job)
@@ -63,7 +69,7 @@ def run(
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (shared, value))
     try:
         futures = {pool.submit(_call, task, job): job for job in jobs}
-        with Progress(what, total, "samples") as progress:
+        with Progress(what, total, unit) as progress:
             left = set(futures)
             while left:
                 done, left = concurrent.futures.wait(left, 0.1, concurrent.futures.FIRST_COMPLETED)

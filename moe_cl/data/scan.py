@@ -122,18 +122,28 @@ def _close(stream: BinaryIO, key: str | None, group: list[tuple[str, tarfile.Tar
     return 0
 
 
+def label_of(ext: str, data: bytes) -> int:
+    """The class number in a ``cls`` or ``json`` member (field ``label``); -1 where there is none."""
+    value = _json(data)
+    if ext == "json":
+        value = value.get("label") if isinstance(value, dict) else None
+    return value if type(value) is int and value >= 0 else -1
+
+
 def _note(row: dict[str, Any], ext: str, data: bytes) -> None:
     """Label and name from a sample's ``cls`` or ``json`` member; ``cls`` wins."""
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return
-    if ext == "cls":
-        row["label"] = value if type(value) is int else -1
-    elif isinstance(value, dict):
-        if row["label"] == -1 and type(value.get("label")) is int:
-            row["label"] = value["label"]
+    if ext == "cls" or row["label"] == -1:
+        row["label"] = label_of(ext, data)
+    value = _json(data) if ext == "json" else None
+    if isinstance(value, dict):
         row["name"] = str(value.get("name") or value.get("filename") or "")
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
 
 
 class Window:

@@ -31,6 +31,18 @@ def generator(seed: int, epoch: int, position: int, view: int) -> np.random.Gene
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, view, position]))
 
 
+def uniforms(seed: int, epoch: int, position: int, views: int, count: int) -> np.ndarray:
+    """(views, count) float64: row v is ``generator(seed, epoch, position, v).random(count)``, for one set-up."""
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, position])
+    draw, state = np.random.Generator(bits), bits.state
+    out = np.empty((views, count))
+    for view in range(views):
+        state["state"]["counter"][2] = view
+        bits.state = state
+        draw.random(out=out[view])
+    return out
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's is arithmetic)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

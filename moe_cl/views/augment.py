@@ -6,7 +6,7 @@ What it computes is PIL's arithmetic (``views.reference``), re-ordered where tha
   any sequence of them as long as no step but the last can leave [0, 255]. A factor of at most 1 cannot (it mixes with
   black, the mean gray, or the pixel's gray), so a fused group ends at a factor above 1.
 - PIL's Gaussian blur is three passes of a box with fractional ends; the three are one kernel of 7 to 13 taps.
-- the last step, to float and normalised, is an affine map of each channel, or a table when solarize comes before it.
+- solarizing at 128 is the smaller of x and 255 - x.
 
 One thread a process: the loader's workers are the parallelism.
 """
@@ -30,8 +30,8 @@ GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's convert("L")
 _GRAY3 = np.array(GRAY)
 _EYE = np.eye(3)
 _RESIZE = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
 
 
@@ -60,8 +60,7 @@ def make_views(image: np.ndarray, spec: ViewSpec, seed: int, epoch: int, positio
 
 def render(image: np.ndarray, params: ViewParams, spec: ViewSpec) -> Tensor:
     """One view of an (H, W, 3) uint8 image: (3, size, size) float32, normalised."""
-    view, threshold = colour(crop(image, params), params.operations)
-    return normalise(view, spec.mean, spec.std, threshold)
+    return normalise(colour(crop(image, params), params.operations), spec.mean, spec.std)
 
 
 def crop(image: np.ndarray, params: ViewParams) -> np.ndarray:
@@ -71,22 +70,19 @@ def crop(image: np.ndarray, params: ViewParams) -> np.ndarray:
     if p.height != size or p.width != size:
         if p.interpolation == "bilinear" and p.height <= size and p.width <= size:
             view = cv2.resize(view, (size, size), interpolation=cv2.INTER_LINEAR)  # enlarging needs no antialiasing
-        else:
-            x = torch.from_numpy(view).permute(2, 0, 1).unsqueeze(0)
-            x = _RESIZE[p.interpolation](x, (size, size), False)  # PIL's filter, in SIMD
-            view = x[0].permute(1, 2, 0).numpy()
+        else:  # PIL's filter in SIMD; a channels-last result has to be asked for
+            view = view if view.flags.writeable else view.copy()  # torch takes no read-only arrays
+            out = np.empty((size, size, 3), np.uint8)
+            source, target = (torch.from_numpy(a[None]).permute(0, 3, 1, 2) for a in (view, out))
+            _RESIZE[p.interpolation](source, (size, size), False, None, None, out=target)
+            view = out
     return cv2.flip(view, 1) if p.flip else view
 
 
-def colour(view: np.ndarray, operations: tuple[tuple[str, float], ...]) -> tuple[np.ndarray, int]:
-    """Apply ``operations`` to a (h, w, 3) uint8 view.
-
-    Returns:
-        The view, (h, w, 3) or (h, w) once it is gray, and the threshold of a solarize at the very end, which is left to
-        ``normalise`` (256 = none).
-    """
+def colour(view: np.ndarray, operations: tuple[tuple[str, float], ...]) -> np.ndarray:
+    """Apply ``operations`` to a (h, w, 3) uint8 view; gives (h, w, 3), or (h, w) once it is gray."""
     pending = _Affine(view)
-    for i, (name, value) in enumerate(operations):
+    for name, value in operations:
         if name in _MIX:
             pending.add(name, value)
             continue
@@ -99,13 +95,11 @@ def colour(view: np.ndarray, operations: tuple[tuple[str, float], ...]) -> tuple
             kernel = blur_kernel(value)
             view = cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
         elif name == "solarize":
-            if i == len(operations) - 1:
-                return view, int(value)
-            view = cv2.LUT(view, _solarized(int(value)).astype(np.uint8))
+            view = _solarize(view, int(value))
         else:
             raise ValueError(f"no operation is called {name!r}")
         pending = _Affine(view)
-    return pending.flush(), 256
+    return pending.flush()
 
 
 _MIX = ("brightness", "contrast", "saturation")
@@ -116,14 +110,16 @@ class _Affine:
 
     def __init__(self, view: np.ndarray):
         self.view = view
-        self.a, self.g, self.t, self.last = 1.0, 0.0, 0.0, 0.0
+        self.a, self.g, self.t = 1.0, 0.0, 0.0
+        self.last: float | None = None
         self._mean: float | None = None
 
     def add(self, name: str, factor: float) -> None:
         """One more operation; the group so far is applied first if its last step could leave [0, 255]."""
-        if self.last > 1.0:
-            self.view = self.flush()
-            self.__init__(self.view)
+        if factor == 1.0:
+            return
+        if self.last is not None and self.last > 1.0:
+            self.__init__(self.flush())
         if name == "brightness":
             self.a, self.g, self.t = factor * self.a, factor * self.g, factor * self.t
         elif name == "contrast":
@@ -143,13 +139,14 @@ class _Affine:
 
     def flush(self) -> np.ndarray:
         """The view with the group applied, rounded and clipped once."""
-        if not self.last and self.a == 1.0:
+        if self.last is None:
             return self.view
+        shift = self.t + 0.004  # so that rounding takes an exact integer to itself, as cutting off does
         if self.view.ndim == 2:
-            return cv2.addWeighted(self.view, self.a + self.g, self.view, 0.0, self.t)
+            return cv2.addWeighted(self.view, self.a + self.g, self.view, 0.0, shift)
         matrix = np.empty((3, 4))
         matrix[:, :3] = self.a * _EYE + self.g * _GRAY3
-        matrix[:, 3] = self.t
+        matrix[:, 3] = shift
         return cv2.transform(self.view, matrix)
 
 
@@ -159,9 +156,47 @@ def _hue(view: np.ndarray, turns: float) -> np.ndarray:
     if shift == 0 or view.ndim == 2:
         return view
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hue = hsv[..., 0]
-    hue += np.uint8(shift & 255)  # wraps around
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=hsv)
+    row = np.zeros(view.shape[1] * 3, np.uint8)
+    row[::3] = shift & 255
+    flat = hsv.reshape(len(hsv), -1)
+    np.add(flat, row, out=flat)  # the hue wraps around, saturation and value get 0
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _solarize(view: np.ndarray, threshold: int) -> np.ndarray:
+    if threshold == 128:
+        return cv2.min(view, cv2.bitwise_not(view))
+    values = np.arange(256)
+    return cv2.LUT(view, np.where(values < threshold, values, 255 - values).astype(np.uint8))
+
+
+def blur_kernel(sigma: float) -> np.ndarray:
+    """PIL's Gaussian blur as one symmetric kernel (taps,), its values multiples of 1/256 with sum 1.
+
+    PIL runs three passes of a box of 2r + 1 ones with two ends of weight w, chosen so that the variance of the three is
+    sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
+    """
+    return _kernel(round(sigma * 512))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(step: int) -> np.ndarray:
+    variance = (step / 512) ** 2 / 3.0
+    r = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
+    w = (2 * r + 1) * (r * (r + 1) - 3.0 * variance) / (6.0 * (variance - (r + 1) ** 2))
+    box = np.ones(2 * r + 3)
+    box[0] = box[-1] = w
+    taps = np.convolve(np.convolve(box, box), box)[: 3 * r + 3] / box.sum() ** 3
+    # OpenCV's filter counts in 1/256: the running sum is rounded, so that rounding errors do not add up in the middle
+    side = np.diff(np.round(np.cumsum(taps) * 256), prepend=0.0)
+    return np.trim_zeros(np.concatenate((side, [256 - 2 * side.sum()], side[::-1]))) / 256
+
+
+def _solarize(view: np.ndarray, threshold: int) -> np.ndarray:
+    if threshold == 128:
+        return cv2.min(view, cv2.bitwise_not(view))
+    values = np.arange(256)
+    return cv2.LUT(view, np.where(values < threshold, values, 255 - values).astype(np.uint8))
 
 
 def blur_kernel(sigma: float) -> np.ndarray:
@@ -185,25 +220,18 @@ def _kernel(step: int) -> np.ndarray:
     return np.trim_zeros(taps) / 256
 
 
-def _solarized(threshold: int) -> np.ndarray:
-    """Table of 256 values: v below the threshold, 255 - v at or above it."""
-    values = np.arange(256)
-    return np.where(values < threshold, values, 255 - values)
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(mean: tuple[float, ...], std: tuple[float, ...], threshold: int) -> list[np.ndarray]:
-    values = _solarized(threshold) / 255.0
-    return [((values - m) / s).astype(np.float32) for m, s in zip(mean, std, strict=True)]
-
-
-def normalise(view: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], threshold: int = 256) -> Tensor:
-    """(h, w, 3) or gray (h, w) uint8 to (3, h, w) float32: solarized above ``threshold``, (x/255 - mean) / std."""
+def normalise(view: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(h, w, 3) or gray (h, w) uint8 to (3, h, w) float32: (x/255 - mean) / std."""
+    scale, shift = _scale_shift(mean, std)
     out = torch.empty((3, *view.shape[:2]))
-    planes = cv2.split(view) if view.ndim == 3 else (view,) * 3
-    for plane, target, m, s, table in zip(planes, out.numpy(), mean, std, _tables(mean, std, threshold), strict=True):
-        if threshold < 256:
-            cv2.LUT(plane, table, dst=target)
-        else:
-            cv2.addWeighted(plane, 1.0 / (255.0 * s), plane, 0.0, -m / s, dst=target, dtype=cv2.CV_32F)
-    return out
+    if view.ndim == 3:
+        planes = np.empty(out.shape, np.uint8)
+        cv2.split(view, list(planes))
+        view = planes
+    return out.copy_(torch.from_numpy(view)).mul_(scale).add_(shift)
+
+
+@functools.cache
+def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    mean_t, std_t = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
+    return (1.0 / (255.0 * std_t)).float(), (-mean_t / std_t).float()

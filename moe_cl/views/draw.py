@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from moe_cl import rng
 from moe_cl.views.spec import CropSpec, ViewSpec
 
@@ -24,7 +22,7 @@ SLOTS = 36
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ViewParams:
     """One view of one image as plain numbers.
 
@@ -54,23 +52,15 @@ class ViewParams:
 
 def draw_views(spec: ViewSpec, height: int, width: int, seed: int, epoch: int, position: int) -> list[ViewParams]:
     """The parameters of all V views of the sample at ``position`` of ``epoch``, for an image of height x width."""
-    return [
-        draw(crop, rng.generator(seed, epoch, position, view), height, width) for view, crop in enumerate(spec.crops)
-    ]
+    uniforms = rng.uniforms(seed, epoch, position, spec.views, SLOTS).tolist()
+    return [draw(crop, u, height, width) for crop, u in zip(spec.crops, uniforms, strict=True)]
 
 
-def draw(crop: CropSpec, generator: np.random.Generator, height: int, width: int) -> ViewParams:
-    """One view's parameters from its generator."""
-    u = generator.random(SLOTS).tolist()
+def draw(crop: CropSpec, u: Sequence[float], height: int, width: int) -> ViewParams:
+    """One view's parameters from SLOTS numbers in [0, 1)."""
     top, left, h, w = _box(crop, u, height, width)
-    return ViewParams(
-        crop.size, crop.interpolation, top, left, h, w, height, width, u[FLIP] < crop.flip, _operations(crop, u)
-    )
-
-
-def draw_operations(spec: ViewSpec, view: int, seed: int, epoch: int, position: int) -> tuple[tuple[str, float], ...]:
-    """The colour, blur and solarize operations alone (they do not depend on the image)."""
-    return _operations(spec.crops[view], rng.generator(seed, epoch, position, view).random(SLOTS).tolist())
+    flip = u[FLIP] < crop.flip
+    return ViewParams(crop.size, crop.interpolation, top, left, h, w, height, width, flip, draw_operations(crop, u))
 
 
 def _box(crop: CropSpec, u: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
@@ -90,7 +80,8 @@ def _box(crop: CropSpec, u: Sequence[float], height: int, width: int) -> tuple[i
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _operations(crop: CropSpec, u: Sequence[float]) -> tuple[tuple[str, float], ...]:
+def draw_operations(crop: CropSpec, u: Sequence[float]) -> tuple[tuple[str, float], ...]:
+    """The colour, blur and solarize operations alone, ``ViewParams.operations``; they do not depend on the image."""
     out: list[tuple[str, float]] = []
     gray = False  # saturation and hue leave a gray image as it is
     for stage in crop.order:

@@ -248,6 +248,7 @@ def eval_view(image: np.ndarray, size: int, normalize: str = "imagenet", interpo
         (3, size, size) float32.
     """
     mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZE[normalize])
+    image = image if image.flags.writeable else image.copy()  # torch takes no read-only arrays
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     height, width = x.shape[1:]
     if (height, width) != (size, size):

@@ -14,13 +14,13 @@ One thread a process: the loader's workers are the parallelism.
 from __future__ import annotations
 
 import functools
-import math
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_cl.views.blur import blur_kernel
 from moe_cl.views.draw import ViewParams, draw_views
 from moe_cl.views.spec import ViewSpec
 
@@ -168,56 +168,6 @@ def _solarize(view: np.ndarray, threshold: int) -> np.ndarray:
         return cv2.min(view, cv2.bitwise_not(view))
     values = np.arange(256)
     return cv2.LUT(view, np.where(values < threshold, values, 255 - values).astype(np.uint8))
-
-
-def blur_kernel(sigma: float) -> np.ndarray:
-    """PIL's Gaussian blur as one symmetric kernel (taps,), its values multiples of 1/256 with sum 1.
-
-    PIL runs three passes of a box of 2r + 1 ones with two ends of weight w, chosen so that the variance of the three is
-    sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
-    """
-    return _kernel(round(sigma * 512))
-
-
-@functools.lru_cache(maxsize=4096)
-def _kernel(step: int) -> np.ndarray:
-    variance = (step / 512) ** 2 / 3.0
-    r = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    w = (2 * r + 1) * (r * (r + 1) - 3.0 * variance) / (6.0 * (variance - (r + 1) ** 2))
-    box = np.ones(2 * r + 3)
-    box[0] = box[-1] = w
-    taps = np.convolve(np.convolve(box, box), box)[: 3 * r + 3] / box.sum() ** 3
-    # OpenCV's filter counts in 1/256: the running sum is rounded, so that rounding errors do not add up in the middle
-    side = np.diff(np.round(np.cumsum(taps) * 256), prepend=0.0)
-    return np.trim_zeros(np.concatenate((side, [256 - 2 * side.sum()], side[::-1]))) / 256
-
-
-def _solarize(view: np.ndarray, threshold: int) -> np.ndarray:
-    if threshold == 128:
-        return cv2.min(view, cv2.bitwise_not(view))
-    values = np.arange(256)
-    return cv2.LUT(view, np.where(values < threshold, values, 255 - values).astype(np.uint8))
-
-
-def blur_kernel(sigma: float) -> np.ndarray:
-    """PIL's Gaussian blur as one symmetric kernel (taps,), its values multiples of 1/256 with sum 1.
-
-    PIL runs three passes of a box of 2r + 1 ones with two ends of weight w, chosen so that the variance of the three is
-    sigma^2 (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
-    """
-    return _kernel(round(sigma * 512))
-
-
-@functools.lru_cache(maxsize=4096)
-def _kernel(step: int) -> np.ndarray:
-    variance = (step / 512) ** 2 / 3.0
-    r = int((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    w = (2 * r + 1) * (r * (r + 1) - 3.0 * variance) / (6.0 * (variance - (r + 1) ** 2))
-    box = np.ones(2 * r + 3)
-    box[0] = box[-1] = w
-    taps = np.round(np.convolve(np.convolve(box, box), box) / box.sum() ** 3 * 256)  # OpenCV's filter counts in 1/256
-    taps[len(taps) // 2] += 256 - taps.sum()
-    return np.trim_zeros(taps) / 256
 
 
 def normalise(view: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

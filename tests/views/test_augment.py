@@ -14,6 +14,7 @@ from PIL import Image
 
 from moe_cl.config import ViewsConfig
 from moe_cl.views import augment, draw, reference
+from moe_cl.views.blur import blur_kernel
 from moe_cl.views.spec import build_spec
 from tests.views.photo import photos
 
@@ -82,7 +83,7 @@ def test_blur_is_pils_kernel(sigma):
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.05, 4.0))
 def test_blur_kernel_has_the_variance_and_leaves_constants(sigma):
-    taps = augment.blur_kernel(sigma)
+    taps = blur_kernel(sigma)
     place = np.arange(len(taps)) - len(taps) // 2
     assert taps.sum() == 1.0 and np.array_equal(taps, taps[::-1])
     assert abs((taps * place**2).sum() - sigma**2) < 0.06 + 0.04 * sigma**2

@@ -1,0 +1,184 @@
+"""``report OUT``: a run's page (``report.html``) and its figures (``figures/*.png``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_cl.config import flatten
+from moe_cl.reports import curves, page, router
+from moe_cl.reports.run import Run
+from moe_cl.reports.style import Picture
+from moe_cl.tracking.progress import duration
+
+ABOUT = {
+    "Training": "Objective and schedules over optimizer steps. Light lines are single values, strong ones their mean.",
+    "Health": "Signs of collapse show here before they show in an accuracy.",
+    "Router": "Which experts the tokens go to, and how that changes.",
+    "Router, looked into": "What the routers of the last checkpoint do with images that it was not trained on.",
+    "Embeddings": "The frozen features of the last checkpoint.",
+    "Speed": "What the machines did.",
+    "Evaluations": "Figures of the frozen encoder. Columns sort.",
+    "Reproduce": "The same command with the same data gives the same sample order at any number of ranks.",
+    "Events": "Everything that happened besides steps.",
+    "Configuration": "The resolved settings.",
+}
+NAMES = {
+    "knn_trained": "kNN, trained", "knn_untrained": "kNN, untrained network", "knn_pixels": "kNN, raw pixels",
+    "linear_trained": "linear probe, trained",
+}  # fmt: skip
+
+
+def write(out: str | Path, label: str | None = None) -> Path:
+    """Make the page of the run in ``out`` and return its path. Raises ConfigError if there is no run."""
+    run = Run.load(out, label)
+    pictures = figures(run)
+    target = run.out / "report.html"
+    save_figures(pictures, run.out / "figures")
+    write_text(target, document(run, pictures))
+    return target
+
+
+def figures(run: Run) -> list[Picture]:
+    """Every figure that the run has values for."""
+    return [*curves.draw(curves.CHARTS, [run]), *router.draw(run), *evaluation_curves(run)]
+
+
+def save_figures(pictures: Sequence[Picture], folder: Path) -> None:
+    """PNGs beside the page; those of an earlier report that are no more are taken away."""
+    folder.mkdir(exist_ok=True)
+    keep = {p.save(folder).name for p in pictures}
+    for path in folder.glob("*.png"):
+        if path.name not in keep:
+            path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing of it: a page may be open while it is made again."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def evaluation_curves(run: Run) -> list[Picture]:
+    """Accuracies that were measured more than once."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in run.evaluations:
+        for key, value in line["values"].items():
+            if isinstance(value, (int, float)):
+                found.setdefault(f"{line['name']} {key}", []).append((line["step"], float(value)))
+    lines = []
+    for name, points in found.items():
+        if len(points) > 1 and all(0 <= v <= 1 for _, v in points):
+            x, y = np.array(sorted(points)).T
+            lines.append((name, curves.Series(x, y)))
+    chart = curves.Chart("accuracy", "Accuracy during training", "%", scale=100.0, group="Evaluations")
+    return curves.one(chart, lines)
+
+
+def document(run: Run, pictures: Sequence[Picture]) -> str:
+    """The page's HTML."""
+    groups: dict[str, list[Picture]] = {}
+    for p in pictures:
+        groups.setdefault(p.group, []).append(p)
+    evaluations = page.grid(groups.pop("Evaluations", [])) + evaluation_table(run)
+    sections = [("Evaluations", evaluations)]
+    order = ("Training", "Router", "Router, looked into", "Embeddings", "Health", "Speed")
+    sections += [(name, page.grid(groups[name])) for name in order if name in groups]
+    sections += [("Reproduce", reproduce(run)), ("Events", events(run)), ("Configuration", configuration(run))]
+    return page.page(
+        run.label, subtitle(run), [(name, ABOUT[name], inner) for name, inner in sections], pictures,
+        status=run.status, lead=page.tiles(headline(run)),
+    )  # fmt: skip
+
+
+def subtitle(run: Run) -> str:
+    """Method, backbone, experts, length, in one line."""
+    c = flatten(run.config)
+    parts = [c.get("method"), c.get("model.backbone")]
+    if c.get("moe.blocks") not in (None, "none"):
+        parts.append(f"{c.get('moe.experts')} experts, top-{c.get('moe.top_k')}, ep {c.get('moe.ep_size')}")
+    parts += [f"batch {c['batch.global_batch']}" if "batch.global_batch" in c else None, f"{run.steps:,} steps"]
+    return " · ".join(str(p) for p in parts if p)
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """The figures that a reader looks for first."""
+    out = []
+    for key, name in NAMES.items():
+        if isinstance(run.summary.get(key), (int, float)):
+            out.append((name, f"{run.summary[key]:.2%}"))
+    if not out and run.evaluations:
+        last = run.evaluations[-1]
+        out += [(f"{last['name']} {k}, step {last['step']}", f"{v:.2%}") for k, v in list(last["values"].items())[:2]]
+    if "loss" in run.series:
+        y = run.series["loss"].y
+        tail = y[-max(1, len(y) // 50) :]
+        out.append(("loss at the end", f"{np.nanmean(tail):.4f}" if np.isfinite(tail).any() else "not finite"))
+    if "images_per_second" in run.series:
+        out.append(("images/s, median", f"{np.median(run.series['images_per_second'].y):,.0f}"))
+    if "data_wait" in run.series:
+        out.append(("time waiting for data", f"{np.median(run.series['data_wait'].y):.1%}"))
+    out.append(("training time", duration(run.seconds)))
+    return out
+
+
+def evaluation_table(run: Run) -> str:
+    """Summary figures and every evaluation, best first where it is the same measure."""
+    parts = []
+    rows = [[name, run.summary[key]] for key, name in NAMES.items() if isinstance(run.summary.get(key), (int, float))]
+    if rows:
+        best = max(value for _, value in rows)
+        classes = ["best" if value == best else "" for _, value in rows]
+        cells = [[name, (f"{value:.2%}", value)] for name, value in rows]
+        parts.append("<h3>Accuracy of frozen features</h3>" + page.table(["features", "top-1"], cells, classes))
+    if run.evaluations:
+        keys = list(dict.fromkeys(key for e in run.evaluations for key in e["values"]))
+        cells = [[e["name"], e["step"], *(_number(e["values"].get(key)) for key in keys)] for e in run.evaluations]
+        parts.append("<h3>All evaluations</h3>" + page.table(["evaluation", "step", *keys], cells))
+    return "".join(f'<div style="margin-top:14px">{page.box(p)}</div>' for p in parts)
+
+
+def _number(value: Any) -> Any:
+    return value if value is None or isinstance(value, (int, float)) else str(value)
+
+
+def reproduce(run: Run) -> str:
+    """Command line and environment."""
+    env = run.environment
+    if not env:
+        return ""
+    git = env.get("git") or {}
+    rows = [
+        [key.replace("_", " "), str(env[key])]
+        for key in ("folder", "host", "system", "python", "processor", "cores", "memory_gib")
+        if env.get(key)
+    ]
+    rows += [["accelerators", ", ".join(env.get("accelerators") or []) or "none"]]
+    if git:
+        rows.append(["commit", git["commit"] + (" with uncommitted changes" if git.get("dirty") else "")])
+    rows += [[name, version] for name, version in env.get("packages", {}).items()]
+    link = run.mlflow.get("link")
+    more = f'<p>MLflow: <a href="{page.escape(link)}">{page.escape(link)}</a></p>' if link else ""
+    return page.box(page.command(env.get("command", "")) + more + page.table(["environment", ""], rows, sort=False))
+
+
+def events(run: Run) -> str:
+    """What happened, the last 500."""
+    hidden = {"kind", "time", "name", "step"}
+    begin = run.lines[0]["time"]
+    rows = []
+    for event in run.events[-500:]:
+        text = ", ".join(f"{k}: {v}" for k, v in event.items() if k not in hidden)
+        rows.append([(duration(event["time"] - begin), event["time"]), event.get("step"), event["name"], text])
+    return page.box(page.table(["time", "step", "event", ""], rows)) if rows else ""
+
+
+def configuration(run: Run) -> str:
+    """All settings, one a row."""
+    rows = [[key, str(value)] for key, value in flatten(run.config).items() if value not in ({}, "")]
+    return page.box(page.table(["key", "value"], rows)) if rows else ""

@@ -1,0 +1,143 @@
+"""Curves of a run over its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_cl.reports.run import Run, Series
+from moe_cl.reports.style import SERIES, Picture, figure, picture, thin
+
+
+@dataclass
+class Chart:
+    """One chart: the keys that belong in it, its unit, and what the caption says."""
+
+    name: str
+    title: str
+    unit: str
+    keys: Callable[[str], bool] = lambda key: False
+    caption: str = ""
+    log: bool = False
+    scale: float = 1.0
+    zero: bool = False  # the axis begins at 0
+    group: str = "Training"
+
+
+def _is(*names: str) -> Callable[[str], bool]:
+    return lambda key: key in names
+
+
+def _under(*prefixes: str) -> Callable[[str], bool]:
+    return lambda key: key.startswith(prefixes)
+
+
+CHARTS = (
+    Chart("loss", "Loss", "", _is("loss"), "What the optimizer sees, averaged over all ranks."),
+    Chart("loss_parts", "Parts of the loss", "", _under("loss/"), "Each with its weight; together they are the loss."),
+    Chart("lr", "Learning rate", "", _is("lr")),
+    Chart("decay", "Weight decay", "", _is("weight_decay")),
+    Chart("momentum", "Teacher momentum", "", _is("teacher_momentum"), "Share of the teacher kept in each step."),
+    Chart("gradients", "Gradient norms", "", _under("grad/", "grad_norm"), "Before clipping.", log=True),
+    Chart(
+        "similarity", "Similarity of pairs", "cosine", _is("health/positive", "health/negative"),
+        "Positive pairs should part from negative ones.", group="Health",
+    ),
+    Chart("spread", "Spread of the features", "standard deviation", _is("health/feature_std"), zero=True,
+          caption="Of normalised features; 1/sqrt(width) is uniform, 0 is collapse.", group="Health"),
+    Chart("rank", "Effective rank", "dimensions", _is("health/effective_rank"), zero=True, group="Health"),
+    Chart("entropy", "Teacher entropy and divergence", "nats", _is("health/teacher_entropy", "health/kl"),
+          group="Health"),
+    Chart("match", "Matched patches", "%", _is("health/match_rate", "health/match_unique"), scale=100.0,
+          caption="Share of patches that have a partner in the other view.", group="Health"),
+    Chart("consistency", "Consistency of routing", "", _under("health/consistency/"),
+          "The paper's loss for each layer, before its weight.", group="Router"),
+    Chart("throughput", "Throughput", "images/s", _is("images_per_second"), zero=True, group="Speed"),
+    Chart("data_wait", "Time spent waiting for data", "%", _is("data_wait"), scale=100.0, zero=True, group="Speed"),
+    Chart("flops", "Arithmetic", "TFLOP/s", _is("tflops"), zero=True, group="Speed"),
+    Chart("mfu", "Model FLOPs utilisation", "%", _is("mfu"), scale=100.0, zero=True, group="Speed"),
+)  # fmt: skip
+
+
+def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> list[Picture]:
+    """The charts for which a run has values; several runs in one chart where it has a single key."""
+    out = []
+    for chart in charts:
+        keys = sorted({key for run in runs for key in run.series if chart.keys(key)})
+        if len(runs) == 1:
+            lines = [(_label(key), runs[0].series[key]) for key in keys if runs[0].series[key].y.ndim == 1]
+            out += one(chart, lines)
+        else:
+            for key in keys:
+                lines = [(run.label, run.series[key]) for run in runs if key in run.series]
+                title = chart.title if len(keys) == 1 else f"{chart.title}: {_label(key)}"
+                name = chart.name if len(keys) == 1 else f"{chart.name}_{_label(key).replace('/', '_')}"
+                same = Chart(name, title, chart.unit, chart.keys, chart.caption, chart.log, chart.scale, chart.zero)
+                same.group = chart.group
+                out += one(same, [(label, s) for label, s in lines if s.y.ndim == 1])
+    return out
+
+
+def _label(key: str) -> str:
+    return key.split("/", 1)[-1].replace("_", " ")
+
+
+def one(chart: Chart, lines: Sequence[tuple[str, Series]]) -> list[Picture]:
+    """One chart of (label, series); [] if nothing is there. A noisy line is drawn light, its running mean strong."""
+    lines = [(label, s) for label, s in lines if np.isfinite(s.y).any()]
+    if not lines:
+        return []
+    drawing, axes = figure(4.0, 2.4)
+    shown = []
+    for i, (label, s) in enumerate(lines):
+        colour = SERIES[i % len(SERIES)]
+        style = "-" if i < len(SERIES) else "--"
+        x, y = thin(s.x, s.y * chart.scale)
+        smooth = running_mean(y)
+        if noisy(y, smooth):
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(x, smooth, style, color=colour, label=label)
+        else:
+            axes.plot(x, y, style, color=colour, label=label)
+        if len(x) == 1:
+            axes.plot(x, y, "o", color=colour, markersize=4)
+        shown.append((label, colour, x, y))
+    finish(axes, chart, [s.y * chart.scale for _, s in lines])
+    if len(lines) > 1:
+        drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(3, len(lines)))
+    return [picture(drawing, chart.name, chart.title, chart.caption, series=shown, unit=chart.unit, group=chart.group)]
+
+
+def finish(axes: object, chart: Chart, values: Sequence[np.ndarray]) -> None:
+    """Axes of a chart over steps."""
+    axes.set_xlabel("step")
+    axes.set_ylabel(chart.unit)
+    axes.grid(axis="x", visible=False)
+    every = np.concatenate([v[np.isfinite(v)] for v in values])
+    if chart.log and (every > 0).all() and every.max() > 20 * every.min():
+        axes.set_yscale("log")
+    elif chart.zero:
+        axes.set_ylim(0, max(1e-9, every.max()) * 1.08)
+    elif np.ptp(every) == 0:
+        axes.set_ylim(every[0] - 0.5 * max(abs(every[0]), 1e-6), every[0] + 0.5 * max(abs(every[0]), 1e-6))
+    if chart.name in ("lr", "decay"):
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+
+
+def running_mean(y: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """Centred mean over ``share`` of the curve; at its ends over what there is."""
+    width = max(1, int(len(y) * share)) | 1
+    values, weight = np.nan_to_num(y), np.isfinite(y).astype(float)
+    kernel = np.ones(width)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.convolve(values, kernel, "same") / np.convolve(weight, kernel, "same")
+
+
+def noisy(y: np.ndarray, smooth: np.ndarray) -> bool:
+    """Does the line hide its own course?"""
+    if len(y) < 60:
+        return False
+    spread = np.nanmax(smooth) - np.nanmin(smooth)
+    return bool(np.nanstd(y - smooth) > 0.01 * max(spread, 1e-12))

@@ -54,7 +54,7 @@ def make_views(image: np.ndarray, spec: ViewSpec, seed: int, epoch: int, positio
     params = draw_views(spec, image.shape[0], image.shape[1], seed, epoch, position)
     boxes = torch.tensor([p.box for p in params])
     if spec.implementation == "device":
-        return [torch.from_numpy(np.ascontiguousarray(crop(image, p).transpose(2, 0, 1))) for p in params], boxes
+        return [torch.from_numpy(_planes(crop(image, p))) for p in params], boxes
     return [render(image, p, spec) for p in params], boxes
 
 
@@ -175,10 +175,15 @@ def normalise(view: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...])
     scale, shift = _scale_shift(mean, std)
     out = torch.empty((3, *view.shape[:2]))
     if view.ndim == 3:
-        planes = np.empty(out.shape, np.uint8)
-        cv2.split(view, list(planes))
-        view = planes
+        view = _planes(view)
     return out.copy_(torch.from_numpy(view)).mul_(scale).add_(shift)
+
+
+def _planes(view: np.ndarray) -> np.ndarray:
+    """(h, w, 3) to (3, h, w)."""
+    planes = np.empty((3, *view.shape[:2]), np.uint8)
+    cv2.split(view, list(planes))
+    return planes
 
 
 @functools.cache

@@ -63,14 +63,14 @@ def decode(data: bytes, *, max_pixels: int = 100_000_000, shorter: int = 0, deco
 def _jpeg(data: bytes, max_pixels: int, shorter: int, decoder: str) -> np.ndarray:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a colour space that it has no name for
         return _pillow(data, max_pixels, shorter)
     _gate(width, height, max_pixels)
     if space in _PLAIN and decoder != "pil":
         factor = next((f for f in (8, 4, 2) if shorter and min(width, height) >= f * shorter), 1)
         try:
             return DECODERS[decoder](data, factor)
-        except (ValueError, RuntimeError, cv2.error):
+        except (ValueError, KeyError, RuntimeError, cv2.error):
             pass  # not strictly valid: Pillow forgives what its users are used to, and names what is broken
     return _pillow(data, max_pixels, shorter)
 

@@ -105,4 +105,6 @@ def describe(event: dict[str, Any]) -> str:
     if event["name"] == "bad_sample":
         text = f"{event['fault']}: sample {event['bad']} ({event['key']} in {event['shard']}): {event['detail']}"
         return f"{text}; replaced by {event['substitute']}" if event.get("substitute") is not None else text
+    if event["name"] == "missing_label":
+        return f"{event['fault']}: sample {event['bad']} has none, others of its shard do; used all the same"
     return f"{event['fault']}: {event['url']}: {event['detail']}; tried again"

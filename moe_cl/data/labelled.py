@@ -91,10 +91,10 @@ class _Maker(Dataset):
     def __getitem__(self, ids: np.ndarray) -> Made:
         events, kept, views, plain = [], [], [], []
         try:
-            for sample_id, data in zip(ids.tolist(), self.images.reader.read(ids), strict=True):
+            read, labels = self.images.reader.read(ids), self.images.reader.labels(ids)[0].tolist()
+            for sample_id, data, label in zip(ids.tolist(), read, labels, strict=True):
                 try:
                     image = self.images.decode(data)
-                    label = self.images.reader.label(sample_id)[0]
                     if label < 0:
                         raise SampleFault(faults.MISSING_LABEL, "an evaluation needs its label")
                 except SampleFault as fault:

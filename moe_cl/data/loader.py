@@ -84,8 +84,8 @@ class Loader:
         for _ in range(self.accumulation):
             made = self._next_made()
             self._events += made.events
+            self._tally.add(made.batch.positions.tolist() if made.batch else [], made.events)
             made.check()
-            self._tally.add(made.batch.positions.tolist(), made.events)
             out.append(made.batch)
         self.epoch = made.epoch
         self.wait_seconds = time.perf_counter() - start

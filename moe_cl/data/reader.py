@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_cl.config import DataConfig
+from moe_cl.config import ConfigError, DataConfig
 from moe_cl.data import faults
 from moe_cl.data.cache import BlockCache
 from moe_cl.data.faults import SampleFault
@@ -62,11 +62,19 @@ class Reader:
                 self._columns.popitem(last=False)
         return self._columns[shard]
 
-    def label(self, sample_id: int) -> tuple[int, bool]:
-        """Label of a sample, -1 where unknown, and whether it should have one (others of its shard do)."""
-        shard, row = self.dataset.locate(sample_id)
-        columns = self.columns(shard)
-        return int(columns.label[row]), columns.labelled
+    def labels(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (n,) int64, -1 where unknown, and (n,) bool: whether it should be known (others of the shard are)."""
+        shards, rows = self._locate(sample_ids)
+        labels, expected = np.empty(len(shards), dtype=np.int64), np.empty(len(shards), dtype=bool)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            try:
+                columns = self.columns(shard)
+            except SampleFault:  # ``read`` reports it, sample by sample
+                labels[mine], expected[mine] = -1, False
+                continue
+            labels[mine], expected[mine] = columns.label[rows[mine]], columns.labelled
+        return labels, expected
 
     def key(self, sample_id: int) -> str:
         """The sample's name in its tar, for messages."""
@@ -84,9 +92,7 @@ class Reader:
         """
         out: list[bytes | SampleFault] = []
         remote: list[tuple[int, int, int, int]] = []
-        ids = np.asarray(sample_ids, dtype=np.int64)
-        shards = np.searchsorted(self.dataset.starts, ids, side="right") - 1
-        rows = ids - self.dataset.starts[shards]
+        shards, rows = self._locate(sample_ids)
         for slot, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             try:
                 start, stop = self._place(shard, row)
@@ -106,12 +112,30 @@ class Reader:
         while self._files and self._process == os.getpid():
             os.close(self._files.popitem()[1])
 
+    def _locate(self, sample_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, rows) of global ids."""
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        shards = np.searchsorted(self.dataset.starts, ids, side="right") - 1
+        return shards, ids - self.dataset.starts[shards]
+
     def _index(self, shard: int) -> ShardIndex:
         url = self.dataset.shards[shard].url
         try:
             return patiently(lambda: self.dataset.index(shard), url, self.patience)
         except OSError as error:
             raise SampleFault(faults.VANISHED_SHARD, f"index of {url}: {error}") from None
+        except ConfigError:
+            if not self._exists(url):
+                raise SampleFault(faults.VANISHED_SHARD, f"{url} and its index are gone") from None
+            raise
+
+    def _exists(self, url: str) -> bool:
+        if not is_remote(url):
+            return os.path.exists(url)
+        try:
+            return self._ranges.size(url) >= 0
+        except SampleFault:
+            return False
 
     def _place(self, shard: int, row: int) -> tuple[int, int]:
         columns = self.columns(shard)
@@ -141,7 +165,8 @@ class Reader:
                 name = transient(error)
                 if name is None:
                     raise SampleFault(faults.VANISHED_SHARD, f"{path}: {error.strerror}") from None
-                self.patience.pause(name, path, error)
+                self.patience.note(name, path, error)
+                self.patience.wait()
 
     def _file(self, shard: int, path: str) -> int:
         if shard in self._files:
@@ -185,12 +210,14 @@ def _member(data: bytes) -> bytes:
     """The member's bytes after its tar header, which must be that of a plain file of this size. Raises SampleFault."""
     name, kind = data[:100].split(b"\0", 1)[0], data[156:157]
     try:
-        size = int(data[124:136].strip(b"\0 ") or b"0", 8)
+        size, checksum = (int(data[a:b].strip(b"\0 ") or b"0", 8) for a, b in ((124, 136), (148, 156)))
     except ValueError:
-        size = -1
-    if size != len(data) - HEADER and kind in (b"0", b"\0"):
-        raise SampleFault(faults.STALE_INDEX, "the tar's header is not where the index says; run `data_prep index`")
+        size = checksum = -1
+    if checksum != sum(data[:148]) + 8 * 32 + sum(data[156:HEADER]):
+        raise SampleFault(faults.STALE_INDEX, "no tar header where the index says; run `python -m data_prep index`")
     folder = data[345:500].split(b"\0", 1)[0] if data[257:263] == b"ustar\0" else b""
     if kind not in (b"0", b"\0") or name.startswith(b"/") or b".." in (folder + b"/" + name).split(b"/"):
         raise SampleFault(UNSAFE_MEMBER, f"member {name[:80].decode(errors='replace')!r} of type {kind!r}")
+    if size != len(data) - HEADER:
+        raise SampleFault(faults.STALE_INDEX, f"the member has {size} bytes, the index says {len(data) - HEADER}")
     return data[HEADER:]

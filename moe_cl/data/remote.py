@@ -25,6 +25,7 @@ log = logging.getLogger("moe_cl.data")
 T = TypeVar("T")
 PIECE = 1 << 20
 LONGEST_PAUSE = 10.0
+CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 30.0  # a server that stops in mid-answer must not hold a worker for ever
 _NETWORK = {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH,
             errno.ENETRESET, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETDOWN}  # fmt: skip
 _DISK = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
@@ -62,21 +63,27 @@ class Patience:
         self.seconds = seconds
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
         self._since: float | None = None
-        self._tries = 0
+        self._tries, self._asked = 0, 0.0
+        self._last = ("", "", "")
 
     def progress(self) -> None:
         """Something came through."""
         self._since, self._tries = None, 0
 
-    def pause(self, name: str, url: str, error: BaseException | str) -> None:
-        """Count a transient fault of ``url`` and wait before the next try. Raises SourceLost when time is up."""
-        now = time.monotonic()
-        self._since = now if self._since is None else self._since
-        detail = " ".join(str(error).split()) or type(error).__name__
+    def note(self, name: str, url: str, error: BaseException | str) -> None:
+        """Count a transient fault of ``url``."""
+        self._last = name, url, " ".join(str(error).split()) or type(error).__name__
         event = self.events.setdefault(
-            (name, url), {"name": "transient_fault", "fault": name, "url": url, "detail": detail, "count": 0}
+            (name, url), {"name": "transient_fault", "fault": name, "url": url, "detail": self._last[2], "count": 0}
         )
         event["count"] += 1
+        self._asked = max(self._asked, _retry_after(error))
+
+    def wait(self) -> None:
+        """Pause before the next try of what was noted. Raises SourceLost when time is up."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        name, url, detail = self._last
         left = self.seconds - (now - self._since)
         if left <= 0:
             raise SourceLost(f"{url} could not be read for {self.seconds:g} s ({name}: {detail}); see --retry-seconds")
@@ -84,8 +91,8 @@ class Patience:
             log.warning("%s: %s (%s); trying again for up to %.0f s", url, name, detail, left)
         # ranks and workers that lost the same server come back at different moments
         spread = 0.75 + 0.5 * (os.getpid() * 0.6180339887 % 1.0)
-        wanted = max(min(0.2 * 2**self._tries, LONGEST_PAUSE) * spread, _retry_after(error))
-        self._tries += 1
+        wanted = max(min(0.2 * 2**self._tries, LONGEST_PAUSE) * spread, self._asked)
+        self._tries, self._asked = self._tries + 1, 0.0
         time.sleep(max(0.0, min(wanted, left)))
 
     def drain(self) -> list[dict[str, Any]]:
@@ -111,7 +118,8 @@ def patiently(read: Callable[[], T], what: str, patience: Patience) -> T:
             name = transient(error)
             if name is None:
                 raise
-            patience.pause(name, what, error)
+            patience.note(name, what, error)
+            patience.wait()
 
 
 class RangeReader:
@@ -153,7 +161,7 @@ class RangeReader:
             starts = [pieces[n][2] + len(got.get(n, b"")) for n in waiting]
             urls, stops = [pieces[n][1] for n in waiting], [pieces[n][3] for n in waiting]
             answers = self._system(urls[0]).cat_ranges(urls, starts, stops, on_error="return")
-            again, trouble = [], None
+            again = []
             for n, start, answer in zip(waiting, starts, answers, strict=True):
                 i, url, _, stop = pieces[n]
                 if i in broken:
@@ -168,9 +176,10 @@ class RangeReader:
                     self.patience.progress()
                 if name:
                     again.append(n)
-                    trouble = (name, url, answer if isinstance(answer, BaseException) else "fewer bytes than asked for")
-            if trouble:
-                self.patience.pause(*trouble)
+                    why = answer if isinstance(answer, BaseException) else "fewer bytes than asked for"
+                    self.patience.note(name, url, why)
+            if again:
+                self.patience.wait()
             waiting = again
         for n, (i, *_) in enumerate(pieces):
             found[i].append(got.get(n, b""))
@@ -212,14 +221,15 @@ class RangeReader:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """Time-outs: without them a server that stops in mid-answer holds a worker for ever."""
+    """fsspec's options: our time-outs; and the retries are ours alone."""
     if scheme in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=15, sock_read=30)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     if scheme in ("s3", "s3a"):
-        return {"config_kwargs": {"connect_timeout": 15, "read_timeout": 30, "retries": {"max_attempts": 1}}}
+        seconds = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENCE_SECONDS}
+        return {"config_kwargs": seconds | {"retries": {"max_attempts": 1}}}
     return {}
 
 

@@ -137,11 +137,11 @@ class BatchMaker(torch.utils.data.Dataset):
             events += failed
 
     def _labels(self, ids: np.ndarray, epoch: int, events: list[dict[str, Any]]) -> torch.Tensor:
-        found = [self.images.reader.label(int(i)) for i in ids]
-        missing = [int(i) for i, (label, labelled) in zip(ids, found, strict=True) if labelled and label < 0]
-        if missing:
+        labels, expected = self.images.reader.labels(ids)
+        missing = ids[expected & (labels < 0)]
+        if len(missing):
             events.append(
-                {"name": "missing_label", "fault": faults.MISSING_LABEL, "epoch": epoch, "bad": missing[0],
+                {"name": "missing_label", "fault": faults.MISSING_LABEL, "epoch": epoch, "bad": int(missing[0]),
                  "count": len(missing)}
             )  # fmt: skip
-        return torch.tensor([label for label, _ in found], dtype=torch.int64)
+        return torch.from_numpy(labels)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from moe_cl.config import ConfigError
-from moe_cl.data.header import EXTENSIONS, BadImage, Header, probe
+from moe_cl.data.header import EXTENSIONS, BadImage, Header, probe, reason
 from moe_cl.data.index import UNSAFE_MEMBER, ZERO_LENGTH, BrokenTar, index_url, load_index, open_file, scan
 from moe_cl.data.scan import is_unsafe, label_of, split_member, walk
 
@@ -175,9 +175,9 @@ def check_image(data: bytes, ext: str, max_pixels: int, decode: bool) -> list[tu
     if header.width * header.height > max_pixels:
         out.append(("too_many_pixels", f"{header.width} x {header.height}"))
     elif decode or not _ends_well(data, header):
-        reason = _decode_error(data)
-        if reason:
-            out.append(("truncated_image" if "truncated" in reason else "corrupt_image", reason))
+        why = _decode_error(data)
+        if why:
+            out.append(("truncated_image" if "truncated" in why else "corrupt_image", why))
     return out
 
 
@@ -194,7 +194,7 @@ def _decode_error(data: bytes) -> str:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.open(io.BytesIO(data)).load()
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return " ".join(str(error).split())
+        return reason(error)
     return ""
 
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from moe_cl.data.header import KEPT, BadImage, Header, probe
+from moe_cl.data.header import KEPT, BadImage, Header, probe, reason
 
 
 def prepare(data: bytes, shorter: int | None, quality: int) -> tuple[bytes, str, int, int]:
@@ -62,4 +62,4 @@ def _load(data: bytes) -> Image.Image:
         image.load()
         return image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(" ".join(str(error).split())) from None
+        raise BadImage(reason(error)) from None

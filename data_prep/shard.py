@@ -92,6 +92,8 @@ def write_shards(source: Source, plan: Plan, out: Path, workers: int, overwrite:
         _write_missing(source, plan, out, workers)
         indexes = [load_index(str(out / plan.file(s))) for s in range(plan.shards)]
         entry = _entry(source, plan, indexes)
+        if not entry["samples"]:
+            raise ConfigError(f"{source.text}: not one file is an image ({entry['skipped'][0]['reason']})")
         write_split(out, settings.split, entry)
     skipped = entry["skipped"]
     for row in skipped[:20]:

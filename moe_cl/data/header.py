@@ -8,6 +8,7 @@ decision, from the numbers returned here.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -51,11 +52,16 @@ def probe(source: bytes | BinaryIO) -> Header:
     except Image.DecompressionBombError as error:
         raise BadImage(f"decompression bomb: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError, OverflowError) as error:
-        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+        raise BadImage(reason(error)) from None
     width, height = image.size
     if width < 1 or height < 1:
         raise BadImage(f"header says {width} x {height} pixels")
     return Header("JPEG" if image.format == "MPO" else image.format, width, height, image.mode)
+
+
+def reason(error: Exception) -> str:
+    """One line of what Pillow says, the same in every run: without the address of the file object."""
+    return " ".join(re.sub(r" <[^>]* at 0x[0-9a-f]+>", "", str(error)).split()) or type(error).__name__
 
 
 def _reader(magic: bytes):

@@ -60,8 +60,8 @@ class Backbone(nn.Module):
             routing.append(routes)
         return Encoded(features[0] if len(features) == 1 else torch.cat(features), regions, routing)
 
-    def compile_blocks(self) -> None:
-        """torch.compile of the parts that are worth it, in place (names of parameters stay)."""
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile of the parts that are worth it, in place (names of parameters stay); options go to torch."""
         raise ConfigError(f"model.compile: {type(self).__name__} has no blocks to compile; set it to false")
 
     def run(self, part: Callable[..., Any], *args: Any, keyed: bool = True) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,7 @@ class Swin(Backbone):
         _, chosen, before, _ = list(self._maps(x))[block]
         return chosen.weights(before)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         for stage in self.layers:
             for block in stage.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +85,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Routing | None]:
         x = x + self.drop1(self.attn(self.norm1(x)), keys)
         y = self.norm2(x)
-        y, routing = (self.mlp(y), None) if isinstance(self.mlp, Mlp) else self.mlp(y, keys)
-        return x + self.drop2(y, keys), routing
+        if isinstance(self.mlp, Mlp):
+            return x + self.drop2(self.mlp(y), keys), None
+        y, routing = self.mlp(y, keys)
+        return x + self.drop2(y.to(x.dtype), keys), routing
 
 
 class PatchEmbed(nn.Module):
@@ -238,9 +240,9 @@ class ViT(Backbone):
         mean = [kept[-1][:, 1:].mean(1)] if patches else []
         return torch.cat([k[:, 0] for k in kept] + mean, 1)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         for block in self.blocks:  # an MoE layer's shapes follow its routing: only the attention beside it
-            (block if isinstance(block.mlp, Mlp) else block.attn).compile(dynamic=False)
+            (block if isinstance(block.mlp, Mlp) else block.attn).compile(dynamic=False, **options)
 
     def attention(self, x: Tensor, block: int = -1) -> Tensor:
         """Attention weights (N, h, T, T) of one block, class token first."""

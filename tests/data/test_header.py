@@ -11,8 +11,8 @@ from tests.data_prep.images import bomb, encoded
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("GIF", "P")],
-)  # fmt: skip
+    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB"), ("GIF", "P")],
+)
 def test_format_size_and_mode(kind, mode):
     header = probe(encoded(0, kind, mode, height=21, width=33))
     assert (header.format, header.width, header.height, header.mode) == (kind, 33, 21, mode)

@@ -233,7 +233,7 @@ def test_one_run_at_a_time(tmp_path, capsys):
 def test_resize(tmp_path):
     source = tmp_path / "images" / "a"
     source.mkdir(parents=True)
-    big = {"wide.jpg": encoded(1, height=300, width=450, quality=95), "tall.png": encoded(2, "PNG", height=500, width=200),
+    big = {"wide.jpg": encoded(1, height=300, width=450, quality=95), "tall.png": encoded(2, "PNG", "RGB", 500, 200),
            "gray.jpg": encoded(3, "JPEG", "L", height=333, width=400), "cmyk.jpg": encoded(4, "JPEG", "CMYK", 200, 260),
            "small.jpg": encoded(5, height=64, width=90)}  # fmt: skip
     for name, data in big.items():

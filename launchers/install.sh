@@ -23,4 +23,14 @@ if [ ! -f "$_stamp" ]; then
   fi
   touch "$_stamp"
 fi
+# DeepSpeed compiles its CPU communication op at the first start; here, once, so that no run waits for it.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$_root/.venv/torch_extensions}"
+if ! ls "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/deepspeed_shm_comm.so >/dev/null 2>&1; then
+  echo "Compiling DeepSpeed's CPU communication op (once) ..."
+  rm -f "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/lock # of a build that was killed
+  if ! DS_ACCELERATOR=cpu python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as b; b().load(verbose=False)" \
+    >"$_root/.venv/compile.log" 2>&1; then
+    tail -n 5 "$_root/.venv/compile.log" >&2; echo "g++ could not compile it; the whole log is in .venv/compile.log" >&2; exit 2
+  fi
+fi
 export MOE_CL_INSTALL_SECONDS=$((SECONDS - _start))

@@ -34,7 +34,7 @@ say "Data: $data"
 shards="data/$data"
 python -m data_prep fetch "$data" --out "data/raw/$data" ${from[@]+"${from[@]}"}
 for split in train test; do
-  [ -f "$shards/$split/dataset.json" ] || python -m data_prep shard "data/raw/$data" --split "$split" --name "$data" --out "$shards/$split"
+  python -m data_prep shard "$data:data/raw/$data" --split "$split" --out "$shards"
 done
 
 run=(--recipe "$recipe" --out "$out" "data.train=$shards/train" "eval.bank=$shards/train" "eval.test=$shards/test" ${pass[@]+"${pass[@]}"})

@@ -4,100 +4,115 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_cl import config
+from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
-from moe_cl.engine import checks, ranks, schedules, setup
+from moe_cl.engine import checks, ranks, schedules, setup, step
 from moe_cl.engine.checkpoint import Checkpointer
 from moe_cl.engine.optim import set_hyper
-from moe_cl.engine.step import step as plain_step
 from moe_cl.evals.online import online_knn
+from moe_cl.tracking import environment
+from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
 from moe_cl.views.spec import build_spec
-
-
-@dataclass
-class Clock:
-    """Where the time of the last steps went."""
-
-    started: float = field(default_factory=time.monotonic)
-    images: int = 0
-    waited: float = 0.0
-
-    def read(self) -> dict[str, float]:
-        """images/s and data_wait % since the last reading."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        out = {"images_per_second": self.images / seconds, "data_wait": 100 * self.waited / seconds}
-        self.started, self.images, self.waited = time.monotonic(), 0, 0.0
-        return out
 
 
 def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
     """Run ``cfg`` on this rank to its end; returns the process's exit code."""
     batch = checks.check(cfg, me.world)
-    torch.set_num_threads(cfg.engine.threads or max(1, (torch.get_num_threads() // me.local_world)))
-    out = Path(cfg.out)
-    spec = build_spec(cfg.views)
+    torch.set_num_threads(cfg.engine.threads or max(1, torch.get_num_threads() // me.local_world))
+    spec, out = build_spec(cfg.views), Path(cfg.out)
     with contextlib.ExitStack() as stack:
-        loader = stack.enter_context(
-            contextlib.closing(
-                Loader(
-                    cfg.data,
-                    spec,
-                    seed=cfg.seed,
-                    global_batch=batch.global_batch,
-                    micro_batch=batch.micro_batch,
-                    rank=me.rank,
-                    world=me.world,
-                )  # fmt: skip
-            )
-        )
+        # The loader first: what is wrong with the data is said before any rank meets another.
+        sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
+        loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world)
+        stack.callback(loader.close)
         comm = ranks.init(me, cfg.engine.collective_timeout)
         built = setup.build(cfg, comm)
         parts, method = built.parts, built.parts.method
-        checkpointer = stack.enter_context(
-            contextlib.closing(
-                Checkpointer(out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method)
-            )
+        tree = config.to_tree(cfg)
+        checkpoints = Checkpointer(
+            out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method, config=tree
         )
-        state = (checkpointer.load() if cfg.resume else None) or {"step": 0}
-        if "loader" in state:
+        stack.callback(checkpoints.close)
+        state = (checkpoints.load() if cfg.resume else None) or {"step": 0}
+        if state["step"]:
             loader.load_state_dict(state["loader"])
         per_epoch = loader.steps_per_epoch
-        total = cfg.schedule.max_steps or round(cfg.schedule.epochs * per_epoch)
-        track = stack.enter_context(Tracking(cfg, batch, built, comm, resume_step=state["step"], total=total))
+        total = min(cfg.schedule.max_steps or 2**62, round(cfg.schedule.epochs * per_epoch))
+        track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         knn_every = round(cfg.eval.knn_every * per_epoch)
-        clock, batches = Clock(), iter(())
 
         for number in range(state["step"], total):
-            if (micro := next(batches, None)) is None:
-                batches = iter(loader)  # the next epoch
-                micro = next(batches)
-            clock.waited += loader.wait_seconds
+            begin = time.monotonic()
+            micro_batches = next(loader)
             lr = schedules.learning_rate(number, per_epoch, built.peak_lr, cfg.schedule)
             decay = schedules.weight_decay(number, per_epoch, cfg.optim, cfg.schedule.epochs)
             momentum = schedules.teacher_momentum(number, per_epoch, cfg.teacher, cfg.schedule.epochs)
             set_hyper(parts.engine.optimizer, lr, decay)
             method.progress.step = number
-            agreed = plain_step(parts, micro, number, momentum)
+            agreed = step.step(parts, micro_batches, number, momentum)
             loader.used()
-            clock.images += batch.global_batch
-            done = number + 1
-            values: dict[str, Any] = {**agreed.metrics, "lr": lr, "teacher_momentum": momentum, **clock.read()}
-            track.step(done, values, samples=digest_hex(agreed.digest), faults=loader.drain_events())
+            done, seconds = number + 1, time.monotonic() - begin
+            values = agreed.metrics | {"lr": lr, "weight_decay": decay, "teacher_momentum": momentum}
+            values |= {"images_per_second": batch.global_batch / seconds, "data_wait": loader.wait_seconds / seconds}
+            track.step(done, values, digest_hex(agreed.digest))
             if knn_every and (done % knn_every == 0 or done == total):
-                track.evaluation("knn", done, online_knn(cfg, built, comm))
+                track.evaluation("knn", done, online_knn(cfg, built.evaluated, comm, built.device, built.dtype))
             if done % save_every == 0 or done == total:
-                checkpointer.save(done, {"step": done, "loader": loader.state_dict(), "config": config.to_tree(cfg)})
-        checkpointer.wait()
-        track.finished(total)
+                checkpoints.save(done, {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id})
+            for event in loader.drain_events() + checkpoints.drain_events():
+                track.event(**{"step": done, **event})
+        checkpoints.wait()
     return 0
+
+
+def tracking(
+    cfg: RunConfig, batch: checks.BatchIdentity, built: setup.Built, loader: Loader, me: ranks.Ranks,
+    state: dict[str, Any], total: int,
+) -> Tracking:  # fmt: skip
+    """Journal, console and MLflow of this run, opened with what matters about it."""
+    out, comm, student = Path(cfg.out), built.parts.comm, built.parts.student
+    if me.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(cfg, out / "config.yaml")
+    everything, active = parameter_counts(student, cfg, comm)
+    show = {
+        "method": f"{cfg.method} ({cfg.recipe})",
+        "model": f"{cfg.model.backbone}, {count(everything)} parameters, {count(active)} active a token",
+        "batch": str(batch),
+        "learning rate": f"{built.peak_lr:.3g} at its peak ({cfg.optim.name}, {cfg.optim.lr_scaling} scaling)",
+        "data": f"{cfg.data.train}: {len(loader.dataset):,} samples, {loader.steps_per_epoch} steps an epoch",
+        "length": f"{cfg.schedule.epochs:g} epochs, {total} steps" + (f", from {state['step']}" * bool(state["step"])),
+        "ranks": f"{comm.world}, experts over {cfg.moe.ep_size}, {cfg.engine.ds_config}",
+        "precision": f"{built.precision} on {built.device.type}, {torch.get_num_threads()} threads a rank",
+        "init": f"experts and gates {cfg.moe.init}" if checks.has_moe(cfg) else "dense",
+    }
+    data = {"name": Path(cfg.data.train).name, "digest": loader.state_dict()["data"][:36], "source": cfg.data.train}
+    data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
+    resumed = f"step {state['step']}" if state["step"] else None
+    return Tracking(
+        out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
+        total=total, tags=environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed),
+        datasets=[data], show=show, run_id=state.get("mlflow_run"),
+    )  # fmt: skip
+
+
+def parameter_counts(student: torch.nn.Module, cfg: RunConfig, comm: Comm) -> tuple[int, int]:
+    """Parameters of the whole backbone, and those that one token uses (top_k of the experts)."""
+    dense = experts = 0
+    for name, p in student.backbone.named_parameters():
+        if ".experts." in name:
+            experts += p.numel() * cfg.moe.ep_size
+        else:
+            dense += p.numel()
+    return dense + experts, dense + experts * cfg.moe.top_k // max(1, cfg.moe.experts)

@@ -127,8 +127,8 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
                 f"set engine.precision={kind} instead (torch_autocast, parameters stay fp32)"
             )
     _precision(config, cfg, name, on_cpu)
-    if stage and cfg.optim.name == "lars":
-        config["zero_allow_untested_optimizer"] = True
+    # ZeRO knows torch's optimizers by exact class; ours are those, able to skip frozen groups (engine/optim.py).
+    fill("zero_allow_untested_optimizer", True, "the project's optimizers need it to be")
     return config
 
 

@@ -16,7 +16,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class Agreed:
-    """metrics: means over ranks, on this rank's device, any shape. digest: sums over ranks of the digest's parts."""
+    """metrics: means over ranks, on the CPU, any shape. digest: sums over ranks of the digest's parts."""
 
     metrics: dict[str, Tensor]
     digest: Tensor
@@ -33,7 +33,7 @@ def agree(comm: Comm, loss: Tensor, metrics: dict[str, Tensor], digest: Tensor, 
     bad = (~torch.isfinite(value)).to(torch.float64)
     # Non-finite values would spread through the sums: the flag carries the news, the sums carry zeros.
     packed = torch.cat([bad, digest.to(value), *parts]).nan_to_num(0.0, 0.0, 0.0)
-    summed = comm.all_reduce(packed)
+    summed = comm.all_reduce(packed).cpu()  # the one wait for the device in a step
     if summed[0] > 0:
         mine = [name for name, part in zip(names, parts, strict=True) if not torch.isfinite(part).all()]
         who = "this rank's own: " + (", ".join(mine) or "loss") if bad.item() else "all finite on this rank"

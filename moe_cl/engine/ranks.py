@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from moe_cl.comm import Comm, DistComm
 from moe_cl.config import ConfigError
@@ -68,6 +70,8 @@ def init(ranks: Ranks, timeout: float) -> Comm:
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
         accelerator.set_device(ranks.local_rank)
+    if on_cpu:
+        remove_stale_lock()
     deepspeed.init_distributed(
         dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
         auto_mpi_discovery=False,
@@ -75,3 +79,15 @@ def init(ranks: Ranks, timeout: float) -> Comm:
         timeout=timedelta(seconds=timeout),
     )
     return DistComm()
+
+
+def remove_stale_lock(older_than: float = 300.0) -> None:
+    """Remove the lock of a build of DeepSpeed's CPU op that was killed: the next one would wait for it for ever.
+
+    A live build takes a minute or two, so a lock of ``older_than`` seconds has no owner.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > older_than:
+        lock.unlink(missing_ok=True)

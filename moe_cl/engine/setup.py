@@ -16,6 +16,9 @@ from moe_cl import methods
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
 from moe_cl.engine import checks, optim, schedules
+from moe_cl.engine.checkpoint.snapshot import scaler_of
+from moe_cl.engine.clip import GradientControl
+from moe_cl.engine.flat import FlatView
 from moe_cl.engine.step import Parts, Student
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method
@@ -30,6 +33,19 @@ class Built:
     precision: str
     peak_lr: float
     device: torch.device
+
+    @property
+    def evaluated(self) -> Encoder:
+        """What is measured: the teacher where there is one."""
+        return self.parts.teacher.module if self.parts.teacher is not None else self.parts.student
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What matrix products compute in; None = as the parameters, fp32."""
+        return DTYPES[self.precision]
+
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def on_cpu() -> bool:
@@ -94,16 +110,21 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     else:
         method.bind(student, None)
     broadcast_buffers([student, method, *([teacher_module] if teacher_module is not None else [])], comm)
-    parts = Parts(engine, student, teacher, method, comm, cfg.seed)
+    control = GradientControl(FlatView(student, engine.optimizer, comm), cfg.optim, _loss_scale(engine))
+    parts = Parts(engine, student, teacher, method, comm, cfg.seed, control)
     return Built(parts, checks.precision_of(config), peak, device)
+
+
+def _loss_scale(engine: Any) -> Callable[[], float] | None:
+    """What the reduced gradients are still multiplied by (fp16), or None without a scaler."""
+    scaler = scaler_of(engine)
+    return scaler.get_scale if scaler is not None else None
 
 
 def autocast(device: torch.device, config: dict[str, Any]) -> contextlib.AbstractContextManager:
     """The precision context that the engine opens around the student, for the teacher."""
-    precision = checks.precision_of(config)
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    dtype = DTYPES[checks.precision_of(config)]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 @contextlib.contextmanager

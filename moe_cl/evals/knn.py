@@ -5,7 +5,9 @@ Legend: n test rows, N bank rows, k neighbours, K classes.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+
+if TYPE_CHECKING:
+    from moe_cl.evals.context import Context
 
 
 def neighbours(bank: Tensor, rows: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
@@ -90,3 +95,29 @@ def knn(
         for c, row in zip(several, share, strict=True)
         for n, v in zip(("top1", "top5"), row, strict=True)
     }
+
+
+HELP = "weighted kNN on frozen features"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``eval knn``."""
+    parser.add_argument("--k", type=int, nargs="+", help="neighbours, several at once (default: 10 20 100 200)")
+    parser.add_argument("--temperature", type=float, help="of the votes (default: the run's eval.temperature)")
+
+
+def run(ctx: Context) -> dict[str, float]:
+    """Table and JSON of ``eval knn``."""
+    from moe_cl.evals.context import class_count
+    from moe_cl.evals.record import record
+
+    ks = ctx.args.k or [10, 20, 100, 200]
+    temperature = ctx.args.temperature or ctx.cfg.eval.temperature
+    with ctx.untouched():
+        bank, test = ctx.features(True), ctx.features(False)
+    values = knn(*bank, *test, class_count(bank[1], test[1]), ks, temperature, comm=ctx.comm)
+    if ctx.comm.rank == 0:
+        rows = [[k, values[f"k{k}/top1"], values[f"k{k}/top5"]] for k in sorted(ks)]
+        setting = ctx.setting(k=ks, temperature=temperature)
+        record(ctx.out, "knn", ctx.step, values, setting, columns=("k", "top-1", "top-5"), rows=rows)
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint.format import Reader
 from moe_cl.engine.flat import FlatView, Placement, placements
+from moe_cl.engine.scaler import scaler_of
 
 
 def check_names(reader: Reader, kind: str, places: dict[str, tuple[int, ...]], allow: Iterable[str] = ()) -> None:
@@ -133,3 +135,15 @@ def load_teacher(reader: Reader, teacher: nn.Module, view: FlatView, skip: Itera
 def load_method(reader: Reader, method: nn.Module, skip: Iterable[str] = ()) -> None:
     """Queue, pointer, centres."""
     load_module(reader, "method", method, {}, skip)
+
+
+def load_engine(engine: Any, state: dict[str, Any]) -> None:
+    """Counters and loss scale."""
+    for name, value in state["counters"].items():
+        setattr(engine, name, value)
+    if hasattr(engine, "micro_steps"):
+        # Another world has another accumulation: what counts is that the next micro-batch opens a step.
+        engine.micro_steps = state["counters"]["global_steps"] * engine.gradient_accumulation_steps()
+    scaler = scaler_of(engine)
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])

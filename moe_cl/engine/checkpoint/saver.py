@@ -2,8 +2,8 @@
 
 A save copies this rank's pieces to host memory and returns; a thread writes them. Ranks meet in the file system alone
 (a collective in a background thread could overtake one of the step's): each leaves a ``rank-N.json`` in the staging
-directory when its files are on the disk, and rank 0's thread, when all are there, merges them into the manifest, renames
-the directory and moves the pointer. A rank that cannot write says so in its file, and the checkpoint is dropped.
+directory when its files are on the disk, and rank 0's thread, when all are there, merges them into the manifest,
+renames the directory and moves the pointer. A rank that cannot write says so in its file; the checkpoint is dropped.
 """
 
 from __future__ import annotations
@@ -120,13 +120,7 @@ class Checkpointer:
         return events
 
     def _texts(self, step: int, extra: dict[str, Any]) -> dict[str, str]:
-        engine, scaler = self.engine, snapshot.scaler_of(self.engine)
-        state = {
-            "step": step,
-            "extra": extra,
-            "engine": {k: int(getattr(engine, k)) for k in _COUNTERS if hasattr(engine, k)},
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        state = {"step": step, "extra": extra, "engine": snapshot.engine_state(self.engine)}
         texts = {"extra.json": json.dumps(state, indent=1)}
         if self.config is not None:
             texts["config.yaml"] = yaml.safe_dump(self.config, sort_keys=False)
@@ -227,22 +221,8 @@ class Checkpointer:
         if state:  # a rank the checkpoint did not have keeps its own start
             snapshot.set_rng_state(state)
         tree = reader.json("extra.json")
-        self._restore_engine(tree)
+        restore.load_engine(self.engine, tree["engine"])
         return tree["extra"]
-
-    def _restore_engine(self, tree: dict[str, Any]) -> None:
-        for name in _COUNTERS:
-            if name in tree["engine"] and hasattr(self.engine, name):
-                setattr(self.engine, name, tree["engine"][name])
-        if hasattr(self.engine, "micro_steps"):
-            # Another world has another accumulation: what counts is that the next micro-batch opens a step.
-            self.engine.micro_steps = tree["engine"]["global_steps"] * self.engine.gradient_accumulation_steps()
-        scaler = snapshot.scaler_of(self.engine)
-        if scaler is not None and tree["scaler"]:
-            scaler.load_state_dict(tree["scaler"])
-
-
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 class _Failed(Exception):

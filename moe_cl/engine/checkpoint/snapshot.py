@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_cl.engine.flat import FlatView, Placement, placements
+from moe_cl.engine.scaler import scaler_of
 
 
 @dataclass
 class Piece:
-    """Elements [start, start + numel) of the full flat tensor ``kind/name`` of ``shape``; ``source`` is copied on save."""
+    """Elements [start, start + numel) of the full flat tensor ``kind/name`` of ``shape``; ``source`` is what is saved."""
 
     kind: str
     name: str
@@ -147,8 +148,13 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def scaler_of(engine: Any) -> Any:
-    """The fp16 loss scaler of an engine (stage 0 keeps it in the engine, ZeRO in its optimizer), or None."""
-    return getattr(engine, "torch_autocast_z0_gradscaler", None) or getattr(
-        getattr(engine, "optimizer", None), "torch_autocast_gradscaler", None
-    )
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def engine_state(engine: Any) -> dict[str, Any]:
+    """The engine's counters and loss scale, as JSON."""
+    scaler = scaler_of(engine)
+    return {
+        "counters": {name: int(getattr(engine, name)) for name in COUNTERS if hasattr(engine, name)},
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }

@@ -1,0 +1,45 @@
+"""kNN of the running encoder, between two steps, all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moe_cl.comm import Comm
+from moe_cl.config import RunConfig
+from moe_cl.data.loader import LabelledLoader
+from moe_cl.evals.features import encoder, extract, frozen
+from moe_cl.evals.knn import knn
+
+BATCH = 256
+
+
+def sets(cfg: RunConfig, rank: int = 0, world: int = 1) -> tuple[LabelledLoader, LabelledLoader]:
+    """Bank and test set of the config, this rank's part of each. Raises ConfigError if one is missing."""
+    size = cfg.eval.size or cfg.views.size
+    bank, test = (
+        LabelledLoader(pattern, size, cfg.views.normalize, BATCH, rank, world, data=cfg.data)
+        for pattern in (cfg.eval.bank, cfg.eval.test)
+    )
+    return bank, test
+
+
+def features(
+    encode: Callable[[Tensor], Tensor], cfg: RunConfig, comm: Comm
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(features, labels) of bank and test set."""
+    bank, test = sets(cfg, comm.rank, comm.world)
+    return extract(encode, bank, comm), extract(encode, test, comm)
+
+
+def online_knn(
+    cfg: RunConfig, module: nn.Module, comm: Comm, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """kNN top-1 and top-5 of ``module.backbone`` with the config's bank, test set, k and temperature."""
+    with frozen(module):
+        encode = encoder(module.backbone, device, dtype=dtype)
+        (bank, bank_labels), (test, test_labels) = features(encode, cfg, comm)
+    classes = int(max(bank_labels.max(), test_labels.max())) + 1
+    return knn(bank, bank_labels, test, test_labels, classes, cfg.eval.k, cfg.eval.temperature, comm=comm)

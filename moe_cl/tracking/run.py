@@ -1,0 +1,102 @@
+"""One handle on everything a run says: journal, console, MLflow. Rank 0 speaks; on other ranks every call is silent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moe_cl.config import TrackConfig
+from moe_cl.tracking import environment, mlflow
+from moe_cl.tracking.journal import Journal, NullJournal
+from moe_cl.tracking.progress import Progress, banner
+from moe_cl.tracking.system import Monitor
+
+
+class Tracking:
+    """Context manager of a run; its end state is FINISHED, FAILED (an exception) or KILLED (``killed`` was called).
+
+    Args:
+        out: the run's directory. track: settings. config: the resolved tree, written to ``config.yaml`` by the caller.
+        rank: this rank; only 0 writes. node: True on one rank of each host, which samples the machine.
+        resume_step: steps done before this start, 0 for a fresh one.
+        total: steps of the whole run. tags, datasets, run_id: see ``mlflow.start``. show: rows of the banner.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        track: TrackConfig,
+        config: Mapping[str, Any],
+        *,
+        rank: int,
+        node: bool,
+        resume_step: int,
+        total: int,
+        tags: Mapping[str, Any],
+        datasets: list[Mapping[str, Any]],
+        show: Mapping[str, Any],
+        run_id: str | None = None,
+    ):
+        self.out, self.track, self.speaks = out, track, rank == 0
+        self.status = "FINISHED"
+        self.journal, self.handle = NullJournal(), None
+        if self.speaks:
+            self.journal = Journal(out / "journal.jsonl", resume_step or None)
+            (out / "environment.json").write_text(json.dumps(environment.describe(), indent=1))
+            self.handle = mlflow.start(out, track, tags, config=config, datasets=datasets, run_id=run_id)
+            self.journal.event("start", step=resume_step, total=total, **{k: str(v) for k, v in show.items()})
+            rows = {**show, "out": out, "MLflow": self.handle.open_with or "off (track.uri=none)"}
+            banner(rows, title="moe_cl pretrain")
+        self._monitor = Monitor(out, resume_step=resume_step or None) if node else None
+        self.progress = Progress(total, resume_step, track.plain_seconds, enabled=self.speaks)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's run id once the server has given one."""
+        return self.handle.run_id if self.handle else None
+
+    def step(self, step: int, values: Mapping[str, Any], samples: str, **more: Any) -> None:
+        """A step's scalars and per-expert lists, and the digest of its sample ids."""
+        if self._monitor is not None:
+            self._monitor.step = step
+        if not self.speaks:
+            return
+        self.journal.step(step, values, samples, **more)
+        shown = ("loss", "images_per_second", "data_wait")
+        self.progress.update(step, {name: float(values[name]) for name in shown if name in values})
+
+    def event(self, name: str, step: int | None = None, **fields: Any) -> None:
+        """Something that happened once: into the journal."""
+        self.journal.event(name, step, **fields)
+
+    def evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """An evaluation's figures: into the journal and on the console."""
+        self.journal.evaluation(name, step, dict(values))
+        self.progress.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def killed(self) -> None:
+        """The run ends early because it was told to (a signal)."""
+        self.status = "KILLED"
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt:
+            self.status = "KILLED"
+        elif kind is not None and kind is not SystemExit:
+            self.status = "FAILED"
+            self.journal.event("error", text=f"{kind.__name__}: {error}")
+        self.progress.close()
+        if self._monitor is not None:
+            self._monitor.close()
+        self.journal.close(self.status)
+        if self.handle is not None and not self.handle.stop(self.track.flush_seconds, self.status):
+            if self.handle.process is not None:
+                print(f"MLflow has not everything yet: python -m moe_cl track sync {self.out}", file=sys.stderr)

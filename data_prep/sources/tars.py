@@ -155,8 +155,9 @@ def open_shards(pattern: str, text: str) -> Source:
     """Existing webdataset shards (local), ours or others': their samples with all members. Raises ConfigError."""
     if is_remote(pattern):
         raise ConfigError(f"{pattern}: re-sharding reads local shards; download them first")
-    if pattern.endswith(".tar") or any(c in pattern for c in "{*?["):
-        paths = expand(pattern)
+    bare = os.path.isdir(pattern) and read_dataset(pattern) is None
+    if bare or pattern.endswith(".tar") or any(c in pattern for c in "{*?["):
+        paths = sorted(str(p) for p in Path(pattern).glob("*.tar")) if bare else expand(pattern)
         splits = (read_dataset(os.path.dirname(paths[0]) or ".") or {"splits": {}})["splits"]
         names = tuple(next((s["class_names"] for s in splits.values()), ()))
     else:

@@ -79,6 +79,7 @@ class MoEConfig:
     experts: int = 16
     top_k: int = 2
     hidden_ratio: float = 2.0  # expert hidden width / model width
+    gate: Literal["vmoe", "shazeer"] = "vmoe"  # shazeer: learned noise, softmax over the k chosen
     noise_std: float = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
     renormalize: bool = False
     load: Literal["corrected", "published"] = "corrected"  # thresholds of the smooth load, where there is noise

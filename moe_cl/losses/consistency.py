@@ -103,38 +103,85 @@ def consistency(
     temperature: float = 0.2,
     alpha: float = 0.3,
     statistics: str = "global",
+    mode: str = "overlap",
 ) -> tuple[Tensor, Tensor]:
     """Loss summed over layers, and its value per layer (L,), this rank's share (ranks are averaged).
 
-    Per layer: (1 - alpha) [ctr(cls) both directions] + alpha [masked ctr(patches) both directions], ctr with its 2T.
+    ``overlap``, per layer: (1 - alpha) [ctr(cls) both directions] + alpha [masked ctr(patches) both directions], ctr
+    with its 2T. The published code's other forms: ``cls`` alone with weight 1; ``similarity``: minus the cosine in the
+    place of ctr, no negatives; ``nearest``: cls + patches matched by their gate vectors; ``pool``: ctr of the mean over
+    tokens.
 
     Args:
         q_idx, q_w: (L, 2, B, T, k) experts and gate values of the student's two views; token 0 is cls.
         k_idx, k_w: the same of the teacher; no gradient goes there.
-        match: None = cls alone, with weight 1. statistics: over which samples valid patches are averaged.
+        match: overlapping patches, for ``overlap`` and ``similarity``; without, they are ``cls``.
+        statistics: over which samples valid patches are averaged.
     """
+    k_w = k_w.detach()
+    if mode == "pool":
+        q_idx, q_w = as_sparse(_dense(q_idx, wide(q_w), experts).mean(3, keepdim=True))
+        k_idx, k_w = as_sparse(_dense(k_idx, wide(k_w), experts).mean(3, keepdim=True))
+    if mode in ("pool", "cls"):
+        match = None
+    options = (experts, comm, temperature, statistics)
+    if mode == "nearest":
+        layers = [
+            _aligned(*one, nearest(*one, experts), (1.0, 1.0), *options)
+            for one in zip(*(t.split(1) for t in (q_idx, q_w, k_idx, k_w)), strict=True)
+        ]
+        per_layer = torch.cat(layers)
+    else:
+        shares = (1 - alpha, alpha) if match else (1.0, 0.0)
+        per_layer = _aligned(q_idx, q_w, k_idx, k_w, match, shares, *options, negatives=mode != "similarity")
+    return per_layer.sum(), per_layer.detach()
+
+
+def _aligned(
+    q_idx: Tensor,
+    q_w: Tensor,
+    k_idx: Tensor,
+    k_w: Tensor,
+    match: Match | None,
+    shares: tuple[float, float],
+    experts: int,
+    comm: Comm,
+    temperature: float,
+    statistics: str,
+    negatives: bool = True,
+) -> Tensor:
+    """(L,) loss a layer; ``shares``: weights of cls and of patches."""
     layers, _, batch, _, top_k = q_w.shape
     first, second = (match.idx1, match.idx2) if match else (None, None)
     # keys: normalised over the k kept values, matched, sent once for all layers and both directions
     ki = _slots(k_idx, first, second)
-    kw = _slots(unit(k_w.detach()), first, second)
+    kw = _slots(unit(k_w), first, second)
     own_idx, own_w = ki.view(batch, -1, top_k), kw.view(batch, -1, top_k)
-    all_idx, all_w = _gather_sparse(own_idx, own_w, experts, comm)
-
     tokens = q_w.shape[3] if match else 1
     q = _dense(q_idx[:, :, :, :tokens], unit(q_w[:, :, :, :tokens]), experts)  # (L, 2, B, 1+P, E)
     q_SBE = q.transpose(2, 3).reshape(-1, batch, experts)
-    lse_SB = _SlotLogSumExp.apply(q_SBE, all_idx.transpose(0, 1), all_w.transpose(0, 1), 1 / temperature)
-    positive_SB = (q_SBE.gather(2, own_idx.transpose(0, 1)) * own_w.transpose(0, 1)).sum(2) / temperature
-    terms = (lse_SB - positive_SB).view(layers, 2, tokens, batch)
+    cosine_SB = (q_SBE.gather(2, own_idx.transpose(0, 1)) * own_w.transpose(0, 1)).sum(2)
+    if negatives:
+        all_idx, all_w = _gather_sparse(own_idx, own_w, experts, comm)
+        lse_SB = _SlotLogSumExp.apply(q_SBE, all_idx.transpose(0, 1), all_w.transpose(0, 1), 1 / temperature)
+        terms = 2 * temperature * (lse_SB - cosine_SB / temperature)
+    else:
+        terms = -cosine_SB
 
-    weight = terms.new_full((2, 1, batch), 1 / batch)
+    weight = terms.new_full((2, 1, batch), shares[0] / batch)
     if match:
         group = groups.make(statistics, batch, comm, q_w.device)
         patches = torch.stack([group.weights(v, comm).t() for v in (match.valid1, match.valid2)]).to(terms.dtype)
-        weight = torch.cat([(1 - alpha) * weight, alpha * patches], 1)
-    per_layer = 2 * temperature * (terms * weight).sum((1, 2, 3))
-    return per_layer.sum(), per_layer.detach()
+        weight = torch.cat([weight, shares[1] * patches], 1)
+    return (terms.view(layers, 2, tokens, batch) * weight).sum((1, 2, 3))
+
+
+@torch.no_grad()
+def nearest(q_idx: Tensor, q_w: Tensor, k_idx: Tensor, k_w: Tensor, experts: int) -> Match:
+    """For each patch the patch of the other view with the most similar gate vector; one layer (1, 2, B, T, k)."""
+    q, k = (_dense(i, unit(w), experts)[0, :, :, 1:] for i, w in ((q_idx, q_w), (k_idx, k_w)))  # (2, B, P, E)
+    idx1, idx2 = ((q[v] @ k[1 - v].mT).argmax(-1) for v in (0, 1))
+    return Match(idx1, torch.ones_like(idx1, dtype=torch.bool), idx2, torch.ones_like(idx2, dtype=torch.bool))
 
 
 def as_sparse(gates: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Self-distillation of DINO and EsViT: view loss, region loss without its gather, centres and temperature.
 
-V views (i = 0, 1 are the teacher's), B images, K prototypes, T_v tokens of view v, T of a teacher view. esvit.md 1.3-1.6.
+V views (i = 0, 1 are the teacher's), B images, K prototypes, T_v tokens of view v, T of a teacher view (esvit.md 1.3).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CR-MoE (Meng et al., TMLR 2023): MoCo v3 on a ViT with sparse experts, routing kept balanced and consistent.
 
 L = L_cl + w_lb * sum over layers and views [CV2(importance) + CV2(load)] + w_G * sum over layers L_G (crmoe.md 1.7).
-``consistency: none`` is the naive V-MoE + MoCo v3 baseline; ``cls`` aligns the cls token's gate alone.
+``consistency: none`` is the naive V-MoE + MoCo v3 baseline; its other forms: ``moe_cl.losses.consistency``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_cl.views.spec import Batch
 class Params(mocov3.Params):
     """Defaults: the paper's VMoE-S/16. ``threshold``: smallest IoU (lambda) of patches that overlap."""
 
-    consistency: Literal["none", "cls", "overlap"] = "overlap"
+    consistency: Literal["none", "cls", "overlap", "similarity", "nearest", "pool"] = "overlap"
     consistency_weight: float = 0.001
     alpha: float = 0.3  # share of the patches in L_G, the rest is cls
     threshold: float = 0.2
@@ -51,11 +51,11 @@ class CRMoE(mocov3.MoCoV3):
         with torch.no_grad():
             k_idx, k_w, _ = routing.sparse_gates(teacher, 2, p.activation)
         match = None
-        if p.consistency == "overlap":
+        if p.consistency in ("overlap", "similarity"):
             match = self.match(batch.boxes, q_w.shape[3] - 1)
             metrics["health/match_rate"] = (match.valid1.float().mean() + match.valid2.float().mean()) / 2
         total, per_layer = consistency(
-            q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics
+            q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics, p.consistency
         )
         terms["loss/consistency"] = p.consistency_weight * total
         metrics.update({f"health/consistency/L{layer}": value for layer, value in enumerate(per_layer)})

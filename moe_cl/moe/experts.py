@@ -15,6 +15,7 @@ from moe_cl.config import ConfigError, MoEConfig
 from moe_cl.moe import grouped, mlp
 from moe_cl.moe.dispatch import route, sort_by_expert
 from moe_cl.moe.router import Router, Routing, init_seed
+from moe_cl.moe.shazeer import ShazeerRouter
 
 
 class Experts(nn.Module):
@@ -83,7 +84,7 @@ class SparseMLP(nn.Module):
         if moe.experts % world:
             raise ConfigError(f"moe.experts={moe.experts}: choose a multiple of the expert-parallel size {world}")
         local = moe.experts // world
-        self.router = Router(dim, moe, layer, seed)
+        self.router = (ShazeerRouter if moe.gate == "shazeer" else Router)(dim, moe, layer, seed)
         hidden = round(dim * moe.hidden_ratio)
         self.experts = Experts(dim, hidden, local, rank * local, moe.init, layer, seed, moe.recompute)
 

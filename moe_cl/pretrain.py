@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
-from moe_cl.engine import checks, ranks, schedules, setup, step
+from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
 from moe_cl.engine.checkpoint import Checkpointer
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
-from moe_cl.tracking import environment
+from moe_cl.tracking import environment, trace
 from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
+from moe_cl.tracking.trace import span
 from moe_cl.views.spec import build_spec
 
 
@@ -50,6 +52,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
+        driver = large_batch.step if cfg.batch.exact_large_batch else step.step
         knn_every = round(cfg.eval.knn_every * per_epoch)
 
         for number in range(state["step"], total):
@@ -60,7 +63,8 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             momentum = schedules.teacher_momentum(number, per_epoch, cfg.teacher, cfg.schedule.epochs)
             set_hyper(parts.engine.optimizer, lr, decay)
             method.progress.step = number
-            agreed = step.step(parts, micro_batches, number, momentum)
+            with profiling(cfg, number, me.rank), span("step"):
+                agreed = driver(parts, micro_batches, number, momentum)
             loader.used()
             done, seconds = number + 1, time.monotonic() - begin
             values = agreed.metrics | {"lr": lr, "weight_decay": decay, "teacher_momentum": momentum}
@@ -74,6 +78,17 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 track.event(**{"step": done, **event})
         checkpoints.wait()
     return 0
+
+
+@contextlib.contextmanager
+def profiling(cfg: RunConfig, number: int, rank: int) -> Iterator[None]:
+    """Named spans of the steps ``engine.profile: [from, to]`` as a Chrome trace in the out dir, one file a rank."""
+    first, last = cfg.engine.profile or (-1, -1)
+    if number == first:
+        trace.start(Path(cfg.out) / f"trace-{rank:05d}.json", rank)
+    yield
+    if number == last:
+        trace.stop()
 
 
 def tracking(

@@ -2,9 +2,9 @@
 
 Gradient caching (Gao et al. 2021, arXiv:2101.06983) on the method contract: the backbone runs in micro-batches without
 graph; heads and loss run once on the whole batch's features, routing weights and loads, which gives the gradient with
-respect to each of them; the backbone runs again in micro-batches, now with graph, and (output x cached gradient).sum() is
-sent backward. Router noise and drop-path are keyed by sample, so both passes see the same numbers. Memory is that of one
-micro-batch and the features, time that of the plain step and one more forward of the student.
+respect to each of them; the backbone runs again in micro-batches, now with graph, and (output x cached gradient).sum()
+is sent backward. Router noise and drop-path are keyed by sample, so both passes see the same numbers. Memory is that of
+one micro-batch and the features, time that of the plain step and one more forward of the student.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import nn
 from moe_cl import methods
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
-from moe_cl.engine import checks, optim, schedules
+from moe_cl.engine import checks, large_batch, optim, schedules
 from moe_cl.engine.checkpoint.snapshot import scaler_of
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
@@ -90,6 +90,8 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
 
         factory = layer.factory(cfg.moe, cfg.seed, config.get("use_data_before_expert_parallelism", False))
     method, student, teacher_module = build_method(cfg, comm, factory)
+    if cfg.batch.exact_large_batch:
+        large_batch.check_backbone(student.backbone)
     student.to(device)
     method.to(device)
     groups = optim.param_groups(student, cfg.optim)

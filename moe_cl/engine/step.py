@@ -106,7 +106,7 @@ def finish(parts: Parts, outputs: list[StepOutput], momentum: float, agreed: Agr
     for pattern, frozen in parts.method.frozen().items():
         freeze(parts.engine.optimizer, pattern, frozen)
     agreed.metrics.update(parts.before_step())
-    with span("step"):
+    with span("optimizer"):
         parts.engine.step()
     with span("commit"), torch.no_grad():
         for out in outputs:

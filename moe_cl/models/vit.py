@@ -40,6 +40,18 @@ def sincos(dim: int, rows: int, cols: int) -> Tensor:
     return torch.cat([table.new_zeros(1, dim), table])[None].float()
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v on (N, h, T, d), softmax in fp32.
+
+    torch's fused kernel, but for two cases on the CPU: in bf16 its backward is 3 to 14 times slower than two matrix
+    products, and in fp32 it loses for short sequences (512 x 4 heads x 17 tokens: 84 ms against 6, 16 against 7).
+    """
+    if q.device.type != "cpu" or (q.dtype == torch.float32 and q.shape[2] > 64):
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return weights.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on (N, T, D)."""
 
@@ -53,7 +65,7 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(*self.split(x).unbind())
+        out = attention(*self.split(x).unbind())
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from moe_cl.engine.scaler import scaler_of
 
 @dataclass
 class Piece:
-    """Elements [start, start + numel) of the full flat tensor ``kind/name`` of ``shape``; ``source`` is what is saved."""
+    """Elements [start, start + numel) of the full flat tensor ``kind/name`` of ``shape``, copied from ``source``."""
 
     kind: str
     name: str

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
+import simplejpeg
 from PIL import Image
 
 from moe_cl.config import ConfigError
@@ -175,7 +176,7 @@ def check_image(data: bytes, ext: str, max_pixels: int, decode: bool) -> list[tu
     if header.width * header.height > max_pixels:
         out.append(("too_many_pixels", f"{header.width} x {header.height}"))
     elif decode or not _ends_well(data, header):
-        why = _decode_error(data)
+        why = _decode_error(data, header)
         if why:
             out.append(("truncated_image" if "truncated" in why else "corrupt_image", why))
     return out
@@ -188,7 +189,14 @@ def _ends_well(data: bytes, header: Header) -> bool:
     return header.format == "PNG" and data.endswith(b"IEND\xaeB`\x82")
 
 
-def _decode_error(data: bytes) -> str:
+def _decode_error(data: bytes, header: Header) -> str:
+    if header.format == "JPEG" and header.mode in ("RGB", "L"):
+        # libjpeg fills missing rows with gray and only warns; Pillow hides the warning when an end mark is there.
+        try:
+            simplejpeg.decode_jpeg(data, strict=True)
+        except ValueError as error:
+            if "premature" in str(error).lower():
+                return f"truncated: {reason(error)}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

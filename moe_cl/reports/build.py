@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from moe_cl.config import flatten
-from moe_cl.reports import curves, page, router
+from moe_cl.reports import arrays as explained
+from moe_cl.reports import curves, embeddings, page, router, routing_maps
 from moe_cl.reports.run import Run
 from moe_cl.reports.style import Picture
 from moe_cl.tracking.progress import duration
@@ -45,7 +46,9 @@ def write(out: str | Path, label: str | None = None) -> Path:
 
 def figures(run: Run) -> list[Picture]:
     """Every figure that the run has values for."""
-    return [*curves.draw(curves.CHARTS, [run]), *router.draw(run), *evaluation_curves(run)]
+    found = explained.read(run.out / explained.NAME)
+    looked = [*routing_maps.draw(found), *embeddings.draw(found)]
+    return [*curves.draw(curves.CHARTS, [run]), *router.draw(run), *evaluation_curves(run), *looked]
 
 
 def save_figures(pictures: Sequence[Picture], folder: Path) -> None:
@@ -85,10 +88,11 @@ def document(run: Run, pictures: Sequence[Picture]) -> str:
     groups: dict[str, list[Picture]] = {}
     for p in pictures:
         groups.setdefault(p.group, []).append(p)
-    evaluations = page.grid(groups.pop("Evaluations", [])) + evaluation_table(run)
-    sections = [("Evaluations", evaluations)]
+    sections = [("Evaluations", page.grid(groups.pop("Evaluations", []), evaluation_tables(run)))]
     order = ("Training", "Router", "Router, looked into", "Embeddings", "Health", "Speed")
-    sections += [(name, page.grid(groups[name])) for name in order if name in groups]
+    for name in order:
+        kind = "masonry" if name in ("Router, looked into", "Embeddings") else "grid"
+        sections.append((name, page.grid(groups.get(name, []), kind=kind)))
     sections += [("Reproduce", reproduce(run)), ("Events", events(run)), ("Configuration", configuration(run))]
     return page.page(
         run.label, subtitle(run), [(name, ABOUT[name], inner) for name, inner in sections], pictures,
@@ -127,8 +131,8 @@ def headline(run: Run) -> list[tuple[str, str]]:
     return out
 
 
-def evaluation_table(run: Run) -> str:
-    """Summary figures and every evaluation, best first where it is the same measure."""
+def evaluation_tables(run: Run) -> list[str]:
+    """Summary figures and every evaluation, as cards."""
     parts = []
     rows = [[name, run.summary[key]] for key, name in NAMES.items() if isinstance(run.summary.get(key), (int, float))]
     if rows:
@@ -140,7 +144,7 @@ def evaluation_table(run: Run) -> str:
         keys = list(dict.fromkeys(key for e in run.evaluations for key in e["values"]))
         cells = [[e["name"], e["step"], *(_number(e["values"].get(key)) for key in keys)] for e in run.evaluations]
         parts.append("<h3>All evaluations</h3>" + page.table(["evaluation", "step", *keys], cells))
-    return "".join(f'<div style="margin-top:14px">{page.box(p)}</div>' for p in parts)
+    return [page.box(part) for part in parts]
 
 
 def _number(value: Any) -> Any:

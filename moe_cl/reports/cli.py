@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+from moe_cl.config import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb ``report``."""
     parser.add_argument("out", nargs="+", help="out dir of a run; several are set side by side")
+    parser.add_argument("--to", metavar="FILE", help="where the comparison goes (default OUT/comparison.html)")
+    parser.add_argument("--data", metavar="PATTERN", help="labelled shards to look at (default the run's eval.test)")
+    parser.add_argument("--samples", type=int, default=2000, help="images of the maps (default %(default)s)")
+    parser.add_argument("--weights", default="auto", choices=["auto", "teacher", "student"], help="whose encoder")
+    parser.add_argument("--journal-only", action="store_true", help="do not run the checkpoint's encoder over images")
+    parser.add_argument("--no-track", action="store_true", help="do not send the page to MLflow")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the page (or pages) and say where."""
-    from moe_cl.reports import build
+    from moe_cl.reports import build, compare
 
     for out in args.out:
+        if not args.journal_only:
+            look(Path(out), args)
         print(f"report: {build.write(out)}")
+        if not args.no_track:
+            track(Path(out))
+    if len(args.out) > 1:
+        print(f"comparison: {compare.write(args.out, Path(args.to) if args.to else None)}")
     return 0
+
+
+def look(out: Path, args: argparse.Namespace) -> None:
+    """Make ``explain.npz`` if the run has a newer checkpoint; without one the page shows what the journal has."""
+    from moe_cl.reports import arrays, explain
+
+    try:
+        step = explain.newest_step(out)
+        if int(arrays.read(out / arrays.NAME).get("step", -1)) != step or args.data or args.weights != "auto":
+            explain.of_run(out, which=args.weights, samples=args.samples, pattern=args.data)
+    except ConfigError as error:
+        if args.data:
+            raise
+        print(f"report: figures of the encoder are left out: {error}", file=sys.stderr)
+
+
+def track(out: Path) -> None:
+    """The page and its figures as artifacts of the run, if it is tracked and its server answers."""
+    from moe_cl.tracking import mlflow
+
+    if mlflow.run_id(out) is None:
+        return
+    try:
+        result = mlflow.sync(out, seconds=20.0)
+    except ConfigError:  # the run's own tracker is at work: it sends the files
+        return
+    if not result["done"]:
+        print(f"report: not sent to MLflow ({result['error']}); python -m moe_cl track sync {out}", file=sys.stderr)

@@ -35,12 +35,13 @@ def _under(*prefixes: str) -> Callable[[str], bool]:
 
 
 CHARTS = (
-    Chart("loss", "Loss", "", _is("loss"), "What the optimizer sees, averaged over all ranks."),
-    Chart("loss_parts", "Parts of the loss", "", _under("loss/"), "Each with its weight; together they are the loss."),
-    Chart("lr", "Learning rate", "", _is("lr")),
-    Chart("decay", "Weight decay", "", _is("weight_decay")),
-    Chart("momentum", "Teacher momentum", "", _is("teacher_momentum"), "Share of the teacher kept in each step."),
-    Chart("gradients", "Gradient norms", "", _under("grad/", "grad_norm"), "Before clipping.", log=True),
+    Chart("loss", "Loss", "loss", _is("loss"), "What the optimizer sees, averaged over all ranks."),
+    Chart("loss_parts", "Parts of the loss", "loss", _under("loss/"), "Each with its weight; their sum is the loss.",
+          log=True),
+    Chart("lr", "Learning rate", "learning rate", _is("lr")),
+    Chart("decay", "Weight decay", "weight decay", _is("weight_decay")),
+    Chart("momentum", "Teacher momentum", "momentum", _is("teacher_momentum"), "Share that a step keeps."),
+    Chart("gradients", "Gradient norms", "L2 norm", _under("grad/", "grad_norm"), "Before clipping.", log=True),
     Chart(
         "similarity", "Similarity of pairs", "cosine", _is("health/positive", "health/negative"),
         "Positive pairs should part from negative ones.", group="Health",
@@ -52,7 +53,7 @@ CHARTS = (
           group="Health"),
     Chart("match", "Matched patches", "%", _is("health/match_rate", "health/match_unique"), scale=100.0,
           caption="Share of patches that have a partner in the other view.", group="Health"),
-    Chart("consistency", "Consistency of routing", "", _under("health/consistency/"),
+    Chart("consistency", "Consistency of routing", "loss", _under("health/consistency/"),
           "The paper's loss for each layer, before its weight.", group="Router"),
     Chart("throughput", "Throughput", "images/s", _is("images_per_second"), zero=True, group="Speed"),
     Chart("data_wait", "Time spent waiting for data", "%", _is("data_wait"), scale=100.0, zero=True, group="Speed"),
@@ -81,7 +82,7 @@ def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> list[Picture]:
 
 
 def _label(key: str) -> str:
-    return key.split("/", 1)[-1].replace("_", " ")
+    return key.rsplit("/", 1)[-1].replace("_", " ")
 
 
 def one(chart: Chart, lines: Sequence[tuple[str, Series]]) -> list[Picture]:

@@ -19,10 +19,16 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], classes: Sequence[str] = (), sort: bool = True) -> str:
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    classes: Sequence[str] = (),
+    sort: bool = True,
+    strong: Sequence[Sequence[bool]] = (),
+) -> str:
     """A table that sorts. Cells: numbers (set right, floats with 4 digits), text, or (shown, value to sort by).
 
-    ``classes``: a CSS class for each row.
+    ``classes``: a CSS class for each row. ``strong``: which cells are bold.
     """
     numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     mark = ' data-sort=""' if sort and len(rows) > 1 else ""
@@ -32,7 +38,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], classes: Sequen
     )
     body = []
     for i, row in enumerate(rows):
-        cells = "".join(_cell(cell, right) for cell, right in zip(row, numeric, strict=True))
+        bold = strong[i] if strong else [False] * len(row)
+        cells = "".join(_cell(cell, right, b) for cell, right, b in zip(row, numeric, bold, strict=True))
         body.append(f"<tr{f' class={classes[i]}' if i < len(classes) and classes[i] else ''}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
@@ -42,14 +49,15 @@ def _is_number(cell: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def _cell(cell: Any, right: bool) -> str:
+def _cell(cell: Any, right: bool, bold: bool) -> str:
     shown, value = cell if isinstance(cell, tuple) else (cell, cell)
     if isinstance(shown, float):
         shown = f"{shown:.4f}" if abs(shown) < 1e4 else f"{shown:,.0f}"
     elif isinstance(shown, int) and not isinstance(shown, bool):
         shown = f"{shown:,}"
     key = f' data-value="{escape(value)}"' if right and value is not None else ""
-    return f"<td{key}{' class=n' if right else ''}>{escape('–' if shown is None else shown)}</td>"
+    kind = " ".join(["n"] * right + ["best"] * bold)
+    return f'<td{key} class="{kind}">{escape("–" if shown is None else shown)}</td>'
 
 
 def card(picture: Picture) -> str:
@@ -61,9 +69,13 @@ def card(picture: Picture) -> str:
     )
 
 
-def grid(pictures: Sequence[Picture]) -> str:
-    """Figures side by side as far as the window is wide."""
-    return f'<div class="grid">{"".join(card(p) for p in pictures)}</div>'
+def grid(pictures: Sequence[Picture], boxes: Sequence[str] = (), kind: str = "grid") -> str:
+    """Figures and other cards side by side as far as the window is wide; "" if there are none.
+
+    ``kind``: ``grid`` in rows, ``masonry`` in columns (cards of very different heights).
+    """
+    inner = "".join([*(card(p) for p in pictures), *boxes])
+    return f'<div class="{kind}">{inner}</div>' if inner else ""
 
 
 def box(content: str) -> str:

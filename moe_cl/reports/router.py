@@ -38,7 +38,7 @@ def draw(run: Run) -> list[Picture]:
     )  # fmt: skip
     for key, title, unit, scale, caption in (
         ("entropy", "Entropy of a token's routing", "nats", 1.0, "Of the softmax over experts; low is decided."),
-        ("margin", "Margin of the first choice", "", 1.0, "Probability of the first expert less that of the second."),
+        ("margin", "Margin of the first choice", "probability", 1.0, "Probability of the first less the second."),
         ("agreement_cls", "Do the two views' class tokens agree?", "% same first expert", 100.0,
          "The paper's point: both views of an image should take the same experts."),
         ("agreement_patch", "Do overlapping patches agree?", "% same first expert", 100.0,
@@ -74,7 +74,7 @@ def load_over_time(load: dict[str, Series], columns: int = 160) -> Picture:
             ax.spines[side].set_visible(True)
     axes[-1, 0].set_xlabel("step")
     bar(drawing, axes[:, 0], high, "load / fair share")
-    caption = "Share of the routed tokens that each expert takes, against an even share; white (dark: black) is none."
+    caption = "Share of the routed tokens that each expert takes, against an even share; no colour is no load."
     return picture(drawing, "expert_load", "Load of the experts over training", caption, group="Router")
 
 

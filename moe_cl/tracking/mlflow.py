@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "60",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -82,6 +83,10 @@ class Handle:
             return self.process.wait(seconds + 1) == 0
         except subprocess.TimeoutExpired:
             self.process.kill()
+            try:
+                self.process.wait(2)  # so that `track sync` finds the lock free
+            except subprocess.TimeoutExpired:
+                pass  # held by the kernel (a hung file system); it ends when that lets it go
             return False
 
     def _at_exit(self) -> None:

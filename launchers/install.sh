@@ -24,7 +24,7 @@ if [ ! -f "$_stamp" ]; then
   touch "$_stamp"
 fi
 # DeepSpeed compiles its CPU communication op at the first start; here, once, so that no run waits for it.
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$_root/.venv/torch_extensions}"
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$(python -c "import sys; print(sys.prefix)")/torch_extensions}"
 if ! ls "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/deepspeed_shm_comm.so >/dev/null 2>&1; then
   echo "Compiling DeepSpeed's CPU communication op (once) ..."
   rm -f "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/lock # of a build that was killed

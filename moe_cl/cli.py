@@ -52,13 +52,35 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunCon
     return cfg
 
 
+def preflight(cfg: config.RunConfig, world: int) -> None:
+    """Everything that can be known to be wrong before ranks meet: settings, batch, data, tools. Raises ConfigError."""
+    from moe_cl.data.index import resolve
+    from moe_cl.data.loader import Loader
+    from moe_cl.engine import checks, setup
+    from moe_cl.tracking import mlflow
+    from moe_cl.views.spec import build_spec
+
+    batch = checks.check(cfg, world)
+    setup.check_model(cfg)
+    mlflow.check(cfg.track)
+    sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
+    Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world).close()
+    if cfg.eval.knn_every:
+        for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
+            if not pattern:
+                raise ConfigError(
+                    f"eval.knn_every={cfg.eval.knn_every:g} needs {name}: labelled shards, or set it to 0"
+                )
+            resolve(pattern)
+
+
 def main_pretrain(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start (or, with --check, stop there)."""
     cfg = read_config(args, args.overrides)
-    from moe_cl.engine import checks, ranks
+    from moe_cl.engine import ranks
 
     me = ranks.from_environment()
-    checks.check(cfg, args.check or me.world)
+    preflight(cfg, args.check or me.world)
     if args.check:
         return 0
     from moe_cl.pretrain import pretrain

@@ -16,7 +16,7 @@ from moe_cl.config import RunConfig
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
 from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
-from moe_cl.engine.checkpoint import Checkpointer
+from moe_cl.engine.checkpoint import Checkpointer, store
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
 from moe_cl.tracking import environment, trace
@@ -36,6 +36,12 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
         loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world)
         stack.callback(loader.close)
+        per_epoch = loader.steps_per_epoch
+        total = min(cfg.schedule.max_steps or 2**62, round(cfg.schedule.epochs * per_epoch))
+        if cfg.resume and (last := store.latest_complete(out)) and store.step_of(last) >= total:
+            if me.rank == 0:
+                print(f"{out}: all {total} steps are done already ({last.name}); nothing to resume")
+            return 0
         comm = ranks.init(me, cfg.engine.collective_timeout)
         built = setup.build(cfg, comm)
         parts, method = built.parts, built.parts.method
@@ -47,8 +53,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         state = (checkpoints.load() if cfg.resume else None) or {"step": 0}
         if state["step"]:
             loader.load_state_dict(state["loader"])
-        per_epoch = loader.steps_per_epoch
-        total = min(cfg.schedule.max_steps or 2**62, round(cfg.schedule.epochs * per_epoch))
         track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))

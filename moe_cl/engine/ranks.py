@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
+import sys
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,8 +61,11 @@ def from_environment() -> Ranks:
 
 def init(ranks: Ranks, timeout: float) -> Comm:
     """Join the process group (gloo on the CPU accelerator, else the accelerator's own) with one collective time-out."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    # Compiled parts of DeepSpeed belong to this installation: two of them sharing a cache compile over each other.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    with quiet():
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world == 1 and "MASTER_PORT" not in os.environ:
@@ -72,13 +80,27 @@ def init(ranks: Ranks, timeout: float) -> Comm:
         accelerator.set_device(ranks.local_rank)
     if on_cpu:
         remove_stale_lock()
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout),
-    )
+    with quiet():
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout),
+        )
     return DistComm()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's own banners and notices, which it prints on every rank (MOE_CL_VERBOSE=1 shows them)."""
+    if os.environ.get("MOE_CL_VERBOSE"):
+        yield
+        return
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
 
 
 def remove_stale_lock(older_than: float = 300.0) -> None:

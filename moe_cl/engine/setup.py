@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from torch import nn
 
 from moe_cl import methods
-from moe_cl.comm import Comm
+from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import RunConfig
-from moe_cl.engine import checks, large_batch, optim, schedules
+from moe_cl.engine import checks, large_batch, optim, ranks, schedules
 from moe_cl.engine.checkpoint.snapshot import scaler_of
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
@@ -69,6 +68,17 @@ def build_method(
     return method, method.build_student(backbone(False)), method.build_teacher(backbone(True))
 
 
+def check_model(cfg: RunConfig) -> None:
+    """Method, backbone and heads built without memory (meta tensors), for what they refuse. Raises ConfigError."""
+    one = copy.deepcopy(cfg)
+    one.moe.ep_size, one.model.compile = 1, False
+    with torch.device("meta"):
+        # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
+        _, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+    if cfg.batch.exact_large_batch:
+        large_batch.check_backbone(student.backbone)
+
+
 def broadcast_buffers(modules: list[nn.Module], comm: Comm) -> None:
     """Rank 0's buffers (queue, centres, BN statistics) on every rank: the engine broadcasts parameters only."""
     for module in modules:
@@ -81,7 +91,6 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = checks.ds_config(cfg, comm.world, on_cpu())
     device = torch.device(get_accelerator().current_device_name())
     factory = None
@@ -90,15 +99,13 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
 
         factory = layer.factory(cfg.moe, cfg.seed, config.get("use_data_before_expert_parallelism", False))
     method, student, teacher_module = build_method(cfg, comm, factory)
-    if cfg.batch.exact_large_batch:
-        large_batch.check_backbone(student.backbone)
     student.to(device)
     method.to(device)
     groups = optim.param_groups(student, cfg.optim)
     if factory is not None:
         groups = layer.param_groups(groups)
     peak = schedules.scaled_lr(cfg.optim, cfg.batch.global_batch)
-    with _quiet():
+    with ranks.quiet():
         engine, *_ = deepspeed.initialize(
             model=Student(student), optimizer=optim.build(groups, cfg.optim, peak), config=config
         )
@@ -127,13 +134,3 @@ def autocast(device: torch.device, config: dict[str, Any]) -> contextlib.Abstrac
     """The precision context that the engine opens around the student, for the teacher."""
     dtype = DTYPES[checks.precision_of(config)]
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """DeepSpeed prints its banner with print(); the run has its own."""
-    if os.environ.get("MOE_CL_VERBOSE"):
-        yield
-        return
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        yield

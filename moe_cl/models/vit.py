@@ -33,8 +33,10 @@ def sincos(dim: int, rows: int, cols: int) -> Tensor:
     """
     if dim % 4:
         raise ConfigError(f"model width {dim}: a sin-cos position embedding needs a multiple of 4")
-    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    r, c = torch.meshgrid(torch.arange(rows).double(), torch.arange(cols).double(), indexing="ij")
+    # On the CPU also where models are built on the meta device: the table is kept for all later models.
+    count = partial(torch.arange, dtype=torch.float64, device="cpu")
+    frequency = 10000.0 ** (-count(dim // 4) / (dim // 4))
+    r, c = torch.meshgrid(count(rows), count(cols), indexing="ij")
     angles = [r.reshape(-1, 1) * frequency, c.reshape(-1, 1) * frequency]
     table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
     return torch.cat([table.new_zeros(1, dim), table])[None].float()

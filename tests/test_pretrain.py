@@ -1,0 +1,119 @@
+"""The real command from start to end: through the launcher and without it, killed and resumed, tracked."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_cl.tracking.journal import read
+from tests.small import ENV, ROOT, launch, make_shards, settings
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+def steps(out):
+    return [line for line in read(out / "journal.jsonl") if line["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """An uninterrupted run without a launcher."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = launch(0, *settings(shards, out, "moe.ep_size=1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def test_two_ranks_through_the_launcher(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    done = launch(2, *settings(shards, out, "moe.ep_size=2"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = steps(out)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    # The same samples as on one rank, and (all-fp32, global statistics) the same losses.
+    alone = steps(whole)
+    assert [line["samples"] for line in lines] == [line["samples"] for line in alone]
+    for mine, theirs in zip(lines, alone, strict=True):
+        assert mine["values"]["loss"] == pytest.approx(theirs["values"]["loss"], rel=1e-3)
+        assert {"loss/contrastive", "loss/balance", "loss/consistency", "images_per_second", "data_wait"} <= set(
+            mine["values"]
+        )
+    assert "16 = 8 micro x 1 accumulation x 2 ranks" in done.stdout
+    assert (out / "checkpoints" / "step-00000006" / "manifest.json").exists()
+
+
+def test_journal_and_mlflow_agree(whole):
+    database = sqlite3.connect(whole / "mlflow.db")
+    rows = database.execute("select key, step, value from metrics").fetchall()
+    found = {(key, step): value for key, step, value in rows}
+    assert len(found) == len(rows), "a point was sent twice"
+    for line in steps(whole):
+        for key, value in line["values"].items():
+            if isinstance(value, float):
+                assert found[key, line["step"]] == pytest.approx(value)
+    assert database.execute("select status from runs").fetchone() == ("FINISHED",)
+    params = dict(database.execute("select key, value from params").fetchall())
+    assert params["batch.global_batch"] == "16" and params["method"] == "crmoe"
+
+
+def test_killed_and_resumed_it_is_the_same_run(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "moe_cl", "pretrain", *settings(shards, out, "moe.ep_size=1", "--resume")]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = launch(0, *settings(shards, out, "moe.ep_size=1", "--resume"))
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    ours, theirs = steps(out), steps(whole)
+    assert [line["step"] for line in ours] == list(range(1, 7))
+    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
+    assert [line["values"]["loss"] for line in ours] == [line["values"]["loss"] for line in theirs], "not bit-equal"
+
+
+def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
+    out = tmp_path / "run"
+    dense = ["method=mocov3", "params={dim: 8, mlp_dim: 16}", "moe.blocks=none", "moe.ep_size=1"]
+    done = launch(1, *settings(shards, out, *dense, "schedule.max_steps=2"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["step"] for line in steps(out)] == [1, 2]
+    again = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", "--resume"))
+    assert again.returncode == 0 and "nothing to resume" in again.stdout
+
+
+def test_accumulation_and_the_exact_large_batch_run(shards, tmp_path):
+    losses = {}
+    for name, options in {
+        "plain": [], "accumulated": ["batch.accumulation=2"],
+        "exact": ["batch.accumulation=2", "batch.exact_large_batch=true"],
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=2", *options))
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[name] = [line["values"]["loss"] for line in steps(out)]
+        if name == "accumulated":
+            assert "negatives" in done.stdout
+    assert losses["exact"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["accumulated"] != pytest.approx(losses["plain"], rel=1e-2)
+
+
+def test_profile_writes_named_spans(shards, tmp_path):
+    out = tmp_path / "run"
+    done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=3", "engine.profile=[1, 1]"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = json.loads((out / "trace-00000.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"step", "encode student", "encode teacher", "loss", "backward", "optimizer", "commit"} <= names

@@ -23,6 +23,7 @@ class Comm:
 
     rank: int = 0
     world: int = 1
+    watch: Callable[[str], None] | None = None  # told the name of every collective before it starts
 
     # -- primitives a subclass gives -----------------------------------------------------------------------------
     def _gather(self, x: Tensor) -> list[Tensor]:
@@ -97,27 +98,36 @@ class DistComm(Comm):
     def _global(self, rank: int) -> int:
         return rank if self.group is None else self._dist.get_global_rank(self.group, rank)
 
+    def _note(self, what: str) -> None:
+        if self.watch is not None:
+            self.watch(what)
+
     def _gather(self, x: Tensor) -> list[Tensor]:
+        self._note("all_gather")
         parts = [torch.empty_like(x) for _ in range(self.world)]
         self._dist.all_gather(parts, x, group=self.group)
         return parts
 
     def _sum(self, x: Tensor, op: str) -> Tensor:
+        self._note("all_reduce")
         out = x.contiguous().clone()
         kind = {"sum": self._dist.ReduceOp.SUM, "max": self._dist.ReduceOp.MAX, "min": self._dist.ReduceOp.MIN}[op]
         self._dist.all_reduce(out, op=kind, group=self.group)
         return out
 
     def _exchange(self, x: Tensor, send: list[int], recv: list[int]) -> Tensor:
+        self._note("all_to_all")
         out = x.new_empty((sum(recv), *x.shape[1:]))
         self._dist.all_to_all_single(out, x, recv, send, group=self.group)
         return out
 
     def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
+        self._note("broadcast")
         self._dist.broadcast(x, self._global(src), group=self.group)
         return x
 
     def barrier(self) -> None:
+        self._note("barrier")
         # A sum of one number: unlike dist.barrier it needs no device to be named, on any backend.
         self._dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
 
@@ -130,6 +140,7 @@ class DistComm(Comm):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     def gather_objects(self, value: Any) -> list[Any]:
+        self._note("gather_objects")
         out: list[Any] = [None] * self.world
         self._dist.all_gather_object(out, value, group=self.group)
         return out

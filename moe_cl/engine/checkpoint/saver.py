@@ -24,7 +24,7 @@ from torch import nn
 
 from moe_cl.comm import Comm
 from moe_cl.config import CheckpointConfig, ConfigError
-from moe_cl.engine.checkpoint import restore, snapshot, store
+from moe_cl.engine.checkpoint import restore, snapshot, start, store
 from moe_cl.engine.checkpoint.format import (
     MANIFEST,
     Damaged,
@@ -197,6 +197,10 @@ class Checkpointer:
         if reasons:
             raise ConfigError(f"no checkpoint can be read: {reasons[0]}; start in another out dir or repair the file")
         return None
+
+    def init_from(self, path: str | Path) -> start.Report:
+        """Start from another run's checkpoint or a file of weights (``moe_cl.engine.checkpoint.start``)."""
+        return start.init_from(path, self.view, self.teacher, self.method)
 
     def _verify(self, path: Path) -> str | None:
         """Hash every file, dealt out over ranks; the first complaint of any rank, or None."""

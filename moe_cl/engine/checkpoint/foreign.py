@@ -1,0 +1,116 @@
+"""Weights written by others: safetensors, torch files, DeepSpeed's own native-MoE checkpoints.
+
+Nothing is unpickled freely: torch files go through the weights-only unpickler with argparse.Namespace as the only extra
+class (published checkpoints carry one). DeepSpeed's optimizer files need more than that and are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moe_cl.config import ConfigError
+
+_MODEL = "mp_rank_00_model_states.pt"
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+_GATE = ".deepspeed_moe.gate.wg.weight"
+
+
+def read_torch(path: Path) -> Any:
+    """What a torch file holds, by the weights-only unpickler. Raises ConfigError for anything it refuses."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"{path}: not read, because it holds more than tensors and plain values ({reason})") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: no readable torch file ({str(error).splitlines()[0]})") from None
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """A flat state dict from a .safetensors or torch file (its ``state_dict``, ``model`` or ``module`` if nested)."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: no readable safetensors file ({error})") from None
+    tree = read_torch(path)
+    for key in ("state_dict", "model", "module"):
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) for v in tree.values()):
+        raise ConfigError(f"{path}: no state dict of tensors in it")
+    return {name.removeprefix("module."): value for name, value in tree.items()}
+
+
+def is_deepspeed(path: Path) -> bool:
+    """True for a directory that DeepSpeed's ``save_checkpoint`` wrote, or one of its tags."""
+    return (_tag(path) / _MODEL).is_file()
+
+
+def _tag(path: Path) -> Path:
+    latest = path / "latest"
+    return path if (path / _MODEL).is_file() or not latest.is_file() else path / latest.read_text().strip()
+
+
+def read_deepspeed(path: Path) -> dict[str, Tensor]:
+    """Weights of a DeepSpeed checkpoint, its native MoE layers under our names.
+
+    ``X.deepspeed_moe.gate.wg.weight`` (E, D) becomes ``X.router.weight`` (D, E); the experts' two linear layers,
+    each expert in a file of its own, become the stacks ``X.experts.{w1,b1,w2,b2}``. Raises ConfigError if one is missing.
+    """
+    folder = _tag(path)
+    state = read_torch(folder / _MODEL).get("module")
+    if not isinstance(state, dict):
+        raise ConfigError(f"{folder}: no module weights in {_MODEL}")
+    state = {name: value for name, value in state.items() if not _EXPERT_KEY.match(name)}
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for file in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
+        if _EXPERT_FILE.fullmatch(file.name):
+            for name, value in read_torch(file).items():
+                found = _EXPERT_KEY.fullmatch(name)
+                if found is None:
+                    raise ConfigError(f"{file}: {name} is no expert's parameter")
+                layer, expert, key = found.groups()
+                experts.setdefault(layer, {}).setdefault(int(expert), {})[key] = value
+    out = {}
+    for name, value in state.items():
+        if name.endswith(_GATE):
+            out[name.removesuffix(_GATE) + ".router.weight"] = value.t().contiguous()
+        else:
+            out[name] = value
+    for layer, by_id in experts.items():
+        count = len(out[f"{layer}.router.weight"].t()) if f"{layer}.router.weight" in out else max(by_id) + 1
+        missing = sorted(set(range(count)) - set(by_id))
+        if missing:
+            raise ConfigError(f"{folder}: expert {missing[0]} of the {count} of {layer} is missing")
+        out.update({f"{layer}.experts.{key}": value for key, value in _stack(folder, layer, by_id).items()})
+    return out
+
+
+def _stack(folder: Path, layer: str, by_id: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """w1 (E, H, D), b1 (E, H), w2 (E, D, H), b2 (E, D) from experts of two linear layers, whatever these are called."""
+    first = by_id[0]
+    weights = [key for key, value in first.items() if value.dim() == 2]
+    if len(weights) != 2 or len(first) not in (2, 4):
+        raise ConfigError(f"{folder}: an expert of {layer} has {', '.join(first)}; two linear layers can be read")
+    names = {}
+    for number, key in enumerate(weights, 1):
+        names[f"w{number}"] = key
+        bias = key.removesuffix("weight") + "bias"
+        if bias in first:
+            names[f"b{number}"] = bias
+    out = {name: torch.stack([by_id[e][key] for e in sorted(by_id)]) for name, key in names.items()}
+    for number in (1, 2):
+        out.setdefault(f"b{number}", torch.zeros(out[f"w{number}"].shape[:2]))
+    return out

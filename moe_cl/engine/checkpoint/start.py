@@ -1,0 +1,165 @@
+"""``model.init_from``: a run that starts from another's weights (EsViT's V -> V+R, sparse upcycling, a converted file).
+
+From a checkpoint, parameters known to both keep their optimizer state and the schedules go on from its step; new heads
+start fresh, with step counts of their own. From a file of weights the run starts at step 0. Every key is accounted for:
+a backbone tensor on one side only, or of another shape, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_cl.config import ConfigError
+from moe_cl.engine.checkpoint import foreign, restore, store
+from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest, verify_file
+from moe_cl.engine.flat import FlatView, Placement, placements
+
+
+@dataclass
+class Report:
+    """What became of the keys. extra: the checkpoint's (cursor, step), None from a file of weights."""
+
+    loaded: list[str]
+    fresh: list[str]
+    unused: list[str]
+    extra: dict[str, Any] | None = None
+    upcycled: bool = field(default=False)
+
+    def __str__(self) -> str:
+        def some(names: list[str]) -> str:
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+
+        kind = "continues at its step" if self.extra else "starts at step 0"
+        return f"{len(self.loaded)} tensors loaded, fresh: {some(self.fresh)}, unused: {some(self.unused)}; {kind}"
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that ``path`` is, or the newest one of the run it is; None for anything else."""
+    return path if (path / MANIFEST).is_file() else store.latest_complete(path)
+
+
+def fresh_names(path: str | Path | None, names: Iterable[str]) -> list[str]:
+    """Which of the student's ``names`` a checkpoint at ``path`` has no past for (for ``optim.param_groups``)."""
+    found = checkpoint_at(Path(path)) if path else None
+    if found is None:
+        return []
+    known = set(Reader(found).names("student"))
+    return [name for name in names if name not in known]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A student's state dict from a file or a DeepSpeed directory; a bare backbone gets its ``backbone.`` prefix."""
+    if path.is_dir():
+        if not foreign.is_deepspeed(path):
+            raise ConfigError(f"model.init_from={path}: no complete checkpoint there")
+        state = foreign.read_deepspeed(path)
+    elif path.is_file():
+        state = foreign.read_file(path)
+    else:
+        raise ConfigError(f"model.init_from={path}: no such file or directory")
+    for prefix in ("student.", "encoder."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if not any(name.startswith("backbone.") for name in state):
+        state = {f"backbone.{name}": value for name, value in state.items()}
+    return state
+
+
+@torch.no_grad()
+def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
+    """Weights into fresh modules; from a checkpoint optimizer state, teacher and method too. Raises ConfigError."""
+    found = checkpoint_at(Path(path))
+    if found is not None:
+        return _from_checkpoint(found, view, teacher, method)
+    state = read_weights(Path(path))
+    upcycled = _upcycle(view.module, state)
+    report = _load(state, "student", view.module, view.places, Path(path), upcycled)
+    restore.refresh_masters(view)
+    if teacher is not None:
+        _copy(view.module, teacher, [name for name, _ in teacher.named_parameters()])
+    return report
+
+
+def _from_checkpoint(path: Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
+    try:
+        for name, entry in read_manifest(path).files.items():
+            verify_file(path, name, entry)
+        reader = Reader(path)
+        report = _load(reader.tree("student"), "student", view.module, view.places, path)
+        restore.refresh_masters(view)
+        restore.load_optimizer(reader, view, reader.json("optimizer.json"), report.fresh)
+        if teacher is not None:
+            theirs = reader.tree("teacher") or reader.tree("student")
+            names = {name for name, _ in teacher.named_parameters()} | set(restore.saved_buffers(teacher))
+            theirs = {n: v for n, v in theirs.items() if n in names or n.startswith("backbone.")}
+            new = _load(theirs, "teacher", teacher, placements(teacher, view.comm), path).fresh
+            _copy(view.module, teacher, new)
+        if method is not None:
+            own = reader.tree("method")
+            for name, buffer in method.named_buffers():
+                if name in own and own[name].shape == buffer.shape:
+                    buffer.copy_(own[name])
+        report.extra = reader.json("extra.json")["extra"]
+    except Damaged as error:
+        raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+    return report
+
+
+def _load(
+    state: dict[str, Tensor], kind: str, module: nn.Module, places: dict[str, Placement], path: Path, done: bool = False
+) -> Report:
+    """Copy full tensors (this rank's experts) by name; backbone keys match on both sides, or are ``done`` already."""
+    buffers = restore.saved_buffers(module)
+    mine = {**{name: place.shape for name, place in places.items()}, **{n: tuple(b.shape) for n, b in buffers.items()}}
+    if done:
+        state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+    fresh, unused = [n for n in mine if n not in state], [n for n in state if n not in mine]
+    strict = [] if done else [n for n in (*fresh, *unused) if n.startswith("backbone.")]
+    if strict:
+        side = "lacks" if strict[0] in fresh else "has, and this model does not,"
+        raise ConfigError(
+            f"model.init_from={path} {side} {kind} {strict[0]} ({len(strict)} backbone tensors differ): "
+            "use the backbone it was made with"
+        )
+    loaded = [n for n in mine if n in state]
+    for name in loaded:
+        if tuple(state[name].shape) != tuple(mine[name]):
+            raise ConfigError(
+                f"model.init_from={path}: {kind} {name} has shape {tuple(state[name].shape)}, this model "
+                f"{tuple(mine[name])}: use the settings it was made with"
+            )
+    for name, p in module.named_parameters():
+        if name in state:
+            place = places[name]
+            p.copy_(state[name].reshape(-1)[place.start : place.start + p.numel()].view(p.shape))
+    for name, b in buffers.items():
+        if name in state:
+            b.copy_(state[name])
+    return Report(loaded, [n for n in fresh if not (done and n.startswith("backbone."))], unused, upcycled=done)
+
+
+def _upcycle(student: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Experts from a dense backbone, where the file is one and the model has experts."""
+    from moe_cl.models import upcycle
+    from moe_cl.models.vit import ViT
+
+    backbone = getattr(student, "backbone", None)
+    dense = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    if not isinstance(backbone, ViT) or not upcycle.can_upcycle(backbone, dense):
+        return False
+    upcycle.upcycle(backbone, dense)
+    return True
+
+
+def _copy(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> None:
+    source = dict(student.named_parameters())
+    own = dict(teacher.named_parameters())
+    for name in names:
+        if name in own and name in source:
+            own[name].copy_(source[name])

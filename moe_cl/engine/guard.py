@@ -1,0 +1,71 @@
+"""What surrounds the loop of every rank: the out dir's lock, signals, heartbeat, and what is said at a bad end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from moe_cl.comm import Comm
+from moe_cl.engine.health import NonFiniteLoss, explain
+from moe_cl.engine.heartbeat import Heartbeat, survivors
+from moe_cl.engine.preemption import OutLock, Preemption, clear_requeue, mark_requeue
+
+
+class Guard:
+    """Context manager around a run; enter it before any rank meets another.
+
+    ``guard.requested()`` goes into the step's all-reduce (``Parts.stop``); ``guard.at(step, batches)`` at the start of
+    each step. Leaving it with a NonFiniteLoss writes what explains it; with a broken collective, RankLost is raised.
+
+    Raises ConfigError on entry if another run has the out dir.
+    """
+
+    def __init__(self, out: str | Path, rank: int, world: int):
+        self.out, self.rank, self.world = Path(out), rank, world
+        self.signals, self._stack = Preemption(), contextlib.ExitStack()
+        self.requested = self.signals.requested
+        self._student: nn.Module | None = None
+        self._now: tuple[int, Sequence[Any]] = (0, ())
+
+    def __enter__(self) -> Guard:
+        with contextlib.ExitStack() as stack:
+            if self.rank == 0:
+                stack.callback(OutLock(self.out).close)
+                clear_requeue(self.out)
+            stack.enter_context(self.signals)
+            self.heartbeat = Heartbeat(self.out, self.rank)
+            stack.callback(self.heartbeat.close)
+            stack.enter_context(survivors(self.heartbeat, self.world))
+            self._stack = stack.pop_all()
+        return self
+
+    def watch(self, comm: Comm, engine: Any, student: nn.Module) -> None:
+        """Beat before every collective; ``student`` is looked at if a step is not finite."""
+        self.heartbeat.attach(comm, engine)
+        for module in student.modules():  # expert groups have a comm of their own
+            if isinstance(own := getattr(module, "comm", None), Comm):
+                own.watch = self.heartbeat
+        self._student = student
+
+    def at(self, step: int, batches: Sequence[Any]) -> None:
+        """Step ``step`` begins with these micro-batches."""
+        self._now, self.heartbeat.step = (step, batches), step
+        self.heartbeat("begin of the step")
+
+    def stopped(self, step: int, saved: bool) -> None:
+        """All ranks stop after ``step`` steps on request; rank 0 leaves the requeue mark if the checkpoint is there."""
+        if self.rank == 0 and saved:
+            mark_requeue(self.out, step, self.signals.name or "another rank was signalled")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if isinstance(error, NonFiniteLoss) and self._student is not None:
+            path = explain(self.out, self.rank, self._now[0], error, self._now[1], self._student)
+            error.add_note(f"what explains it is in {path.parent}")
+        return self._stack.__exit__(kind, error, trace)

@@ -1,0 +1,128 @@
+"""Each rank's last sign of life in the out dir, and the survivors' line when one stops answering.
+
+A heartbeat is a mapped file of one record: a memory write, cheap enough for every collective, that outlives its process
+and is seen by every host that shares the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_cl.comm import Comm
+
+_RECORD = struct.Struct("<qqd48s")  # step, number of the sign in this run, unix time, what
+
+
+class RankLost(RuntimeError):
+    """A collective did not come to its end; the text names the rank that fell behind, and where."""
+
+
+@dataclass
+class Sign:
+    """What a rank was last about to do."""
+
+    rank: int
+    step: int
+    count: int
+    when: float
+    what: str
+
+
+class Heartbeat:
+    """``beat("all_reduce")`` before each collective; ``step`` is set by the loop.
+
+    Args:
+        out: run directory.
+        rank: this rank.
+    """
+
+    def __init__(self, out: str | Path, rank: int):
+        self.folder, self.rank, self.step, self._count = Path(out) / "heartbeats", rank, 0, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = _path(self.folder, rank)
+        path.write_bytes(bytes(_RECORD.size))
+        self._file = open(path, "r+b")
+        self._map = mmap.mmap(self._file.fileno(), _RECORD.size)
+        self("start")
+
+    def __call__(self, what: str) -> None:
+        """Note ``what`` is about to happen."""
+        self._count += 1
+        self._map[:] = _RECORD.pack(self.step, self._count, time.time(), what.encode()[:48])
+
+    def attach(self, comm: Comm, engine: Any = None) -> None:
+        """Beat before every collective of ``comm`` and before the engine's own (gradient reduction, weight gather)."""
+        comm.watch = self
+        for name, what in (("backward", "gradient reduction (backward)"), ("step", "optimizer step")):
+            if engine is not None:
+                setattr(engine, name, _beating(getattr(engine, name), self, what))
+
+    def close(self) -> None:
+        """This rank is done."""
+        self("done")
+        self._map.close()
+        self._file.close()
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}"
+
+
+def _beating(call: Callable[..., Any], heartbeat: Heartbeat, what: str) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        heartbeat(what)
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def read(out: str | Path, world: int) -> list[Sign]:
+    """The last sign of every rank of ``world`` that left one."""
+    signs = []
+    for rank in range(world):
+        with contextlib.suppress(OSError, struct.error):
+            step, count, when, what = _RECORD.unpack(_path(Path(out) / "heartbeats", rank).read_bytes())
+            signs.append(Sign(rank, step, count, when, what.rstrip(b"\0").decode()))
+    return signs
+
+
+def behind(signs: list[Sign]) -> Sign:
+    """The rank that holds the others up: fewest signs, the oldest of equals (all ranks beat at the same places)."""
+    return min(signs, key=lambda sign: (sign.step, sign.count, sign.when))
+
+
+@contextlib.contextmanager
+def survivors(heartbeat: Heartbeat, world: int) -> Iterator[None]:
+    """Turns a collective's time-out or lost connection into RankLost, which says who fell behind and where.
+
+    Errors of this rank alone pass through as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world == 1 or not _of_a_collective(error):
+            raise
+        now, signs = time.time(), read(heartbeat.folder.parent, world)
+        others = [sign for sign in signs if sign.rank != heartbeat.rank] or signs
+        late, mine = behind(others), next(s for s in signs if s.rank == heartbeat.rank)
+        raise RankLost(
+            f"rank {late.rank} stopped answering: its last sign was {late.what!r} in step {late.step}, "
+            f"{now - late.when:.0f} s ago; rank {heartbeat.rank} waited in {mine.what!r} of step {mine.step}. "
+            "Start again with --resume"
+        ) from error
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    text = str(error).lower()
+    return any(part in text for part in ("timed out", "connection closed", "connection reset", "gloo", "broken pipe"))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed import comm as ds_comm
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
@@ -50,11 +51,16 @@ class ExpertParallelMoE(SparseMLP, MoE):
             raise ConfigError(f"moe.ep_size={self.ep_size} does not divide the {world} processes; choose a divisor")
         if self.num_experts % self.ep_size:
             raise ConfigError(f"moe.ep_size={self.ep_size} does not divide moe.experts={self.num_experts}")
+        self._make_groups()
+        self.comm = DistComm(groups._get_expert_parallel_group(self.expert_group_name))
+
+    def _make_groups(self) -> None:
+        if not ds_comm.is_initialized():
+            ds_comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=self.data_before_expert
             )
-        self.comm = DistComm(groups._get_expert_parallel_group(self.expert_group_name))
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by the engine on each MoE layer; makes DeepSpeed's groups where they are not there yet."""
@@ -63,10 +69,7 @@ class ExpertParallelMoE(SparseMLP, MoE):
                 "use_data_before_expert_parallelism in the DeepSpeed JSON is "
                 f"{use_data_before_expert_parallel_}, but the model was built with {self.data_before_expert}"
             )
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
+        self._make_groups()
 
 
 def factory(moe: MoEConfig, seed: int = 0, data_before_expert: bool = False) -> Callable[..., ExpertParallelMoE]:

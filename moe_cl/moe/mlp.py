@@ -3,7 +3,8 @@
 Legend: R rows, k choices a row, M assignments in expert order, E experts, D width, H hidden width.
 
 For expert e and its rows r (Plan order):  h = x_r W1_e' + b1_e,  a = gelu(h),  y = a W2_e' + b2_e,  out_r += p_re y.
-Kept for the backward: x, h and y (the dense MLP keeps x, h and a; y is half as wide as a). With ``recompute`` h is not.
+Backward with g = dL/dout_r:  da = g W2_e,  dp_re = <da, a> + <g, b2_e>,  and everything else from p_re g as in any MLP.
+Kept for it: x and h (the dense MLP keeps x, h and a); with ``recompute`` x alone.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from torch import Tensor
 from moe_cl.moe.dispatch import Plan, gather_sum
 
 CHUNK = 1024  # rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
+aten = torch.ops.aten
 
 
-def _chunks(counts: list[int]) -> Iterator[tuple[int, int, int, bool]]:
-    """(expert, start, stop, first chunk of the expert) over assignments in expert order."""
-    start = 0
+def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
+    """(expert, first piece of it) and the rows of each piece, over assignments in expert order."""
+    owners, sizes = [], []
     for e, count in enumerate(counts):
-        for low in range(start, start + count, CHUNK):
-            yield e, low, min(low + CHUNK, start + count), low == start
-        start += count
+        for low in range(0, count, CHUNK):
+            owners.append((e, low == 0))
+            sizes.append(min(CHUNK, count - low))
+    return owners, sizes
+
+
+def _per_expert(dtype: torch.dtype, *parameters: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each expert's parameters in ``dtype``, cast one expert at a time so that the copy is used while in cache."""
+    for tensors in zip(*(p.unbind(0) for p in parameters), strict=True):
+        yield tuple(t.to(dtype) for t in tensors)
 
 
 class ExpertMLP(torch.autograd.Function):
@@ -45,71 +54,80 @@ class ExpertMLP(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            counts = plan.counts.tolist()
-            d, hidden, m, n = x.shape[1], w1.shape[1], len(plan.token), min(CHUNK, max(counts, default=0))
+            owners, sizes = _pieces(plan.counts.tolist())
+            d, hidden, m, most = x.shape[1], w1.shape[1], len(plan.token), max(sizes, default=0)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             train = any(ctx.needs_input_grad)
             keep = train and not recompute
             xc = x.to(dtype)
             h_all = xc.new_empty(m if keep else 0, hidden)
-            rows, h_one, act = xc.new_empty(n, d), xc.new_empty(0 if keep else n, hidden), xc.new_empty(n, hidden)
+            h_of = h_all.split(sizes) if keep else None
+            rows, scratch = xc.new_empty(most, d), xc.new_empty(most, hidden)
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
-            last = -1
-            for e, s, t, _ in _chunks(counts):
-                if e != last:
-                    u1, c1, u2, c2 = (p[e].to(dtype) for p in (w1, b1, w2, b2))
-                    last = e
-                xe = torch.index_select(xc, 0, plan.token[s:t], out=rows[: t - s])
-                h = torch.addmm(c1, xe, u1.t(), out=h_all[s:t] if keep else h_one[: t - s])
-                a = torch.ops.aten.gelu.out(h, out=act[: t - s])
+            experts = _per_expert(dtype, w1, b1, w2, b2)
+            at = -1
+            pieces = zip(owners, sizes, plan.token.split(sizes), y[:m].split(sizes), strict=True)
+            for i, ((e, _), n, token, ye) in enumerate(pieces):
+                while at < e:
+                    (u1, c1, u2, c2), at = next(experts), at + 1
+                xe = torch.index_select(xc, 0, token, out=rows[:n])
+                h = torch.addmm(c1, xe, u1.t(), out=h_of[i] if keep else scratch[:n])
+                a = aten.gelu.out(h, out=scratch[:n])
                 if dtype == wide:
-                    torch.addmm(c2, a, u2.t(), out=y[s:t])
+                    torch.addmm(c2, a, u2.t(), out=ye)
                 else:
-                    y[s:t] = torch.addmm(c2, a, u2.t(), out=rows[: t - s])
+                    ye.copy_(torch.addmm(c2, a, u2.t(), out=rows[:n]))
             out = gather_sum(y, plan.inverse, weights)
         if train:
-            ctx.save_for_backward(xc, weights, w1, b1, w2, b2, h_all, y, plan.token, plan.choice, plan.inverse)
-            ctx.counts, ctx.dtype, ctx.x_dtype, ctx.keep = counts, dtype, x.dtype, keep
+            ctx.save_for_backward(xc, weights, w1, b1, w2, b2, h_all, plan.token, plan.choice, plan.inverse)
+            ctx.owners, ctx.sizes, ctx.dtype, ctx.x_dtype, ctx.keep = owners, sizes, dtype, x.dtype, keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, b1, w2, b2, h_all, y, token, choice, inverse = ctx.saved_tensors
-        dtype, counts = ctx.dtype, ctx.counts
-        wide, m = y.dtype, len(token)
+        x, weights, w1, b1, w2, b2, h_all, token, choice, inverse = ctx.saved_tensors
+        dtype, sizes, keep = ctx.dtype, ctx.sizes, ctx.keep
         with torch.autocast(x.device.type, enabled=False):
-            gw1, gb1, gw2, gb2 = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in (w1, b1, w2, b2))
-            for e, count in enumerate(counts):
-                if not count:
-                    for g in (gw1, gb1, gw2, gb2):
-                        g[e].zero_()
-            gx, gp = torch.empty_like(y), y.new_empty(m + 1)
+            d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(sizes, default=0)
+            grad = grad.contiguous()
+            gx, gp = grad.new_empty(m + 1, d), grad.new_empty(m + 1)
             gx[m], gp[m] = 0, 0
-            p = weights.reshape(-1).index_select(0, choice)
-            grad = grad.to(wide)
-            last = -1
-            for e, s, t, first in _chunks(counts):
-                if e != last:
-                    u1, c1, u2 = (q[e].to(dtype) for q in (w1, b1, w2))
-                    last = e
-                ge = grad.index_select(0, token[s:t])
-                torch.sum(ge * y[s:t], 1, out=gp[s:t])
-                ge = ge.mul_(p[s:t, None]).to(dtype)
-                xe = x.index_select(0, token[s:t])
-                h = h_all[s:t] if ctx.keep else torch.addmm(c1, xe, u1.t())
-                a = torch.ops.aten.gelu(h)
-                _weight_grad(gw2[e], gb2[e], ge, a, first)
-                gh = torch.ops.aten.gelu_backward.grad_input(ge @ u2, h, grad_input=a)
-                _weight_grad(gw1[e], gb1[e], gh, xe, first)
-                if dtype == wide:
-                    torch.mm(gh, u1, out=gx[s:t])
+            sums = [torch.empty_like(p) for p in (w1, b1, w2, b2)]
+            parts = [s.unbind(0) for s in sums]
+            for e in set(range(len(w1))) - {e for e, _ in ctx.owners}:
+                for part in parts:
+                    part[e].zero_()
+            p = weights.reshape(-1, 1).index_select(0, choice).to(dtype)
+            low = grad.to(dtype)
+            xe, ge = x.new_empty(most, d), x.new_empty(most, d)
+            h_one, act, da = (x.new_empty(most, hidden) for _ in range(3))
+            experts = _per_expert(dtype, w1, b1, w2, b2)
+            at = -1
+            views = (v.split(sizes) for v in (token, p, gx[:m], gp[:m]))
+            pieces = zip(ctx.owners, sizes, *views, strict=True)
+            h_of = h_all.split(sizes) if keep else None
+            for i, ((e, first), n, rows, pe, gxe, gpe) in enumerate(pieces):
+                while at < e:
+                    (u1, c1, u2, c2), at = next(experts), at + 1
+                xn = torch.index_select(x, 0, rows, out=xe[:n])
+                gn = torch.index_select(low, 0, rows, out=ge[:n])
+                h = h_of[i] if keep else torch.addmm(c1, xn, u1.t(), out=h_one[:n])
+                a = aten.gelu.out(h, out=act[:n])
+                dan = torch.mm(gn, u2, out=da[:n])
+                bias_part = torch.mv(gn, c2)
+                _weight_grad(parts[2][e], parts[3][e], gn.mul_(pe), a, first)
+                torch.sum(a.mul_(dan), 1, dtype=gp.dtype, out=gpe).add_(bias_part)
+                gh = aten.gelu_backward.grad_input(dan.mul_(pe), h, grad_input=a)
+                _weight_grad(parts[0][e], parts[1][e], gh, xn, first)
+                if dtype == grad.dtype:
+                    torch.mm(gh, u1, out=gxe)
                 else:
-                    gx[s:t] = gh @ u1
+                    gxe.copy_(torch.mm(gh, u1, out=gn))
             grad_x = gather_sum(gx, inverse).to(ctx.x_dtype)
             grad_weights = gp[inverse].to(weights.dtype)
-        return grad_x, grad_weights, gw1, gb1, gw2, gb2, None, None, None
+        return grad_x, grad_weights, *sums, None, None, None
 
 
 def _weight_grad(weight: Tensor, bias: Tensor, out: Tensor, into: Tensor, first: bool) -> None:
@@ -118,6 +136,6 @@ def _weight_grad(weight: Tensor, bias: Tensor, out: Tensor, into: Tensor, first:
         torch.addmm(weight, out.t(), into, beta=0 if first else 1, out=weight)
         total = out.sum(0)
     else:
-        product, total = out.t() @ into, out.sum(0, dtype=bias.dtype)
+        product, total = out.t() @ into, out.sum(0)
         weight.copy_(product) if first else weight.add_(product)
     bias.copy_(total) if first else bias.add_(total)

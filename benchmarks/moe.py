@@ -1,0 +1,191 @@
+"""The MoE layer beside the dense MLP it replaces, and beside DeepSpeed's own: time, memory, messages.
+
+VMoE-S/16 against ViT-S/16 of equal FLOPs (six MoE layers, 16 experts, top-2, hidden 768, 224 px, batch 16, 2 threads).
+All sides take turns; a ratio is the median over rounds of side / dense in that round, for the wall clock and for the
+processor time of the process (which other programs on the machine disturb less).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._moe_messages import bytes_of_two_ranks
+from moe_cl.allocator import keep_freed_memory
+from moe_cl.config import MoEConfig
+from moe_cl.models.build import build_backbone
+
+MOE = MoEConfig(blocks="odd", experts=16, top_k=2, hidden_ratio=2.0)
+TARGETS = {
+    "train_fp32": 1.05, "forward_fp32": 1.05, "train_bf16": 1.08, "forward_bf16": 1.08,
+    "skew": 1.15, "message_bytes": 1.0,
+}  # fmt: skip
+
+
+class Native(nn.Module):
+    """DeepSpeed's layer without drops, behind our layers' interface."""
+
+    def __init__(self, dim: int, layer: int, moe: MoEConfig):
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        hidden = round(dim * moe.hidden_ratio)
+        expert = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.moe = MoE(
+            dim, expert, moe.experts, k=moe.top_k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False
+        )
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.moe(x)[0], None
+
+
+def model(side: str) -> nn.Module:
+    torch.manual_seed(0)
+    if side == "dense":
+        return build_backbone("vit_small")
+    return build_backbone("vmoe_small", moe=MOE, moe_factory=Native if side == "native" else None)
+
+
+def autocast(precision: str):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def train_step(net: nn.Module, x: Tensor, precision: str) -> None:
+    net.zero_grad(set_to_none=True)
+    with autocast(precision):
+        loss = net([x]).features.float().square().mean()
+    loss.backward()
+
+
+def forward(net: nn.Module, x: Tensor, precision: str) -> None:
+    with torch.no_grad(), autocast(precision):
+        net([x])
+
+
+def alternate(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+    """Each side's median seconds and ratio to the first side, wall and processor time; one unmeasured round first."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            if number:
+                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    first = taken[next(iter(sides))]
+    out = {}
+    for name, pairs in taken.items():
+        ratios = [[p[i] / q[i] for p, q in zip(pairs, first, strict=True)] for i in (0, 1)]
+        out[name] = {
+            "seconds": statistics.median(p[0] for p in pairs),
+            "ratio": statistics.median(ratios[0]),
+            "cpu_ratio": statistics.median(ratios[1]),
+        }
+    return out
+
+
+class Forced(nn.Module):
+    """A router whose indices are given: what any routing costs, with weights and gradients as usual."""
+
+    def __init__(self, router: nn.Module, kind: str):
+        super().__init__()
+        self.router, self.kind = router, kind
+
+    def forward(self, x: Tensor, keys: Tensor | None = None):
+        routing = self.router(x, keys)
+        n, t, k = routing.indices.shape
+        share = torch.ones(routing.experts)
+        if self.kind == "skewed":
+            share = 1.0 / torch.arange(1, routing.experts + 1).float() ** 1.5
+        elif self.kind == "two experts":
+            share[k:] = 0.0
+        routing.indices = torch.multinomial(share, n * t * k, replacement=True).view(n, t, k)
+        routing.indices[..., 1] = (routing.indices[..., 0] + 1) % (2 if self.kind == "two experts" else routing.experts)
+        routing.weights = routing.probabilities.gather(-1, routing.indices)
+        return routing
+
+
+def skew(rounds: int, x: Tensor) -> dict[str, dict[str, float]]:
+    nets = {}
+    for kind in ("uniform", "skewed", "two experts"):
+        net = nets[kind] = model("ours")
+        for block in net.blocks:
+            if hasattr(block.mlp, "router"):
+                block.mlp.router = Forced(block.mlp.router, kind)
+    return alternate({kind: partial(train_step, net, x, "fp32") for kind, net in nets.items()}, rounds)
+
+
+def peak_memory(side: str, batch: int) -> float:
+    """MiB of a process of its own at the peak of training steps, over what it held before the first."""
+    code = f"from benchmarks import moe; moe.memory_child({side!r}, {batch})"
+    return float(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
+
+
+def memory_child(side: str, batch: int) -> None:
+    net, x = model(side), torch.randn(batch, 3, 224, 224)
+    forward(net, x[:1], "fp32")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        train_step(net, x, "fp32")
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds, small batches")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(2)
+    keep_freed_memory()
+    batch, rounds = (4, 2) if quick else (16, 7)
+    x, nets = torch.randn(batch, 3, 224, 224), {side: model(side) for side in ("dense", "ours", "native")}
+    ratios: dict[str, float] = {}
+    print(f"VMoE-S/16 beside ViT-S/16, batch {batch}, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"{'':24s}{'seconds':>10s}{'wall ratio':>12s}{'cpu ratio':>12s}")
+    for precision in ("fp32", "bf16"):
+        for name, run in (("train", train_step), ("forward", forward)):
+            sides = {side: partial(run, net, x, precision) for side, net in nets.items()}
+            for side, figures in alternate(sides, rounds).items():
+                print(f"{name} {precision} {side:10s}".ljust(24) + "".join(f"{figures[f]:>11.3f} " for f in figures))
+                if side == "ours":
+                    ratios[f"{name}_{precision}"] = figures["ratio"]
+                    ratios[f"{name}_{precision}_cpu"] = figures["cpu_ratio"]
+                elif side == "native":
+                    ratios[f"{name}_{precision}_native"] = figures["ratio"]
+    figures = skew(max(2, rounds - 3), x)
+    for kind, row in figures.items():
+        print(f"train fp32 {kind}".ljust(24) + "".join(f"{row[f]:>11.3f} " for f in row))
+    ratios["skew"] = max(row["ratio"] for row in figures.values())
+    for size in (1,) if quick else (1, 256):
+        images = torch.randn(size, 3, 224, 224)
+        sides = {side: partial(forward, nets[side], images, "fp32") for side in ("dense", "ours")}
+        for side, row in alternate(sides, 20 if size == 1 else 1).items():
+            print(f"batch {size:3d} {side}".ljust(24) + f"{1e3 * row['seconds'] / size:>11.2f} ms an image")
+            if side == "ours":
+                ratios[f"image_batch_{size}"] = row["ratio"]
+    memory = {side: peak_memory(side, batch) for side in nets}
+    print("peak memory of a training step, MiB: " + ", ".join(f"{s} {m:.0f}" for s, m in memory.items()))
+    ratios["memory"], ratios["memory_native"] = (memory[s] / memory["dense"] for s in ("ours", "native"))
+    sent = bytes_of_two_ranks(batch)
+    print("ep 2, bytes of one layer's forward, both ranks: " + ", ".join(f"{k} {v}" for k, v in sent.items()))
+    ratios["message_bytes"] = sent["rows"] / sent["pairs x width x 2"]
+    met = all(ratios[name] <= target for name, target in TARGETS.items())
+    print(
+        json.dumps(
+            {"benchmark": "moe", "ratios": {k: round(v, 4) for k, v in ratios.items()}, "targets": TARGETS, "met": met}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

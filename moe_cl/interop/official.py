@@ -103,7 +103,7 @@ def _esvit(name: str) -> str:
 def detectron2_name(name: str) -> str:
     """Detectron2's name of a MoCo ResNet tensor (``encoder_q.*``, a DDP prefix allowed), as its converter gives it.
 
-    Names without ``layer`` get ``stem.``; layerN -> res(N+1); bnM -> convM.norm; downsample -> shortcut (moco_jcl.md 3).
+    Names without ``layer`` get ``stem.``; layerN -> res(N+1); bnM -> convM.norm; downsample -> shortcut.
     """
     name = name.removeprefix("module.").removeprefix("encoder_q.")
     if "layer" not in name:

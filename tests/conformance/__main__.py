@@ -1,7 +1,7 @@
 """``python -m tests.conformance --golden DIR [--only PATTERN]``: the project's own code on published values.
 
-One row a comparison (file, case, quantity, largest error, tolerance, ok or FAIL), at the end ``N passed, M failed``; exit
-code 1 when one fails or when a file or an array in DIR was not compared.
+One row a comparison (file, case, quantity, largest error, tolerance, ok or FAIL), at the end ``N passed, M failed``;
+exit code 1 when one fails or when a file or an array in DIR was not compared.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Which check runs on which file (glob of its name; the first that fits)."""
 
-from tests.conformance import experts, losses, steps
+from tests.conformance import esvit, experts, keymaps, losses, steps
 
-CHECKS = {**experts.CHECKS, **losses.CHECKS, **steps.CHECKS}
+CHECKS = {**esvit.CHECKS, **experts.CHECKS, **keymaps.CHECKS, **losses.CHECKS, **steps.CHECKS}

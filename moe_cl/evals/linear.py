@@ -1,132 +1,22 @@
-"""Linear probes: every head of a learning-rate and weight-decay sweep trained at once on the same frozen features.
-
-Legend: S settings of the sweep on this rank, B batch, D feature width, K classes. Settings are dealt out over ranks and
-batches are whole on each, so no gradient is exchanged and the result does not depend on the number of ranks.
-
-Softmax regression has its gradient in closed form, G = (softmax(x W + b) - onehot) / B, dW = x' G: two matrix products
-a batch for all settings together, no graph.
-"""
+"""Linear probes on frozen features: the papers' protocols, with the choice of the head on a held-out split."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
-from moe_cl.evals.knn import hits
+from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """A published way of training the probe. ``lrs`` are multiplied by B/256 where ``scale`` says so."""
-
-    lrs: tuple[float, ...]
-    weight_decays: tuple[float, ...] = (0.0,)
-    momentum: float = 0.9
-    epochs: int = 100
-    batch: int = 256
-    schedule: Literal["cosine", "step"] = "cosine"
-    per: Literal["epoch", "iteration"] = "epoch"
-    milestones: tuple[float, ...] = (0.6, 0.8)  # of the epochs, x0.1 each
-    scale: bool = True
-    blocks: int = 1  # features of the last blocks
-    augment: bool = True  # random-resized crops and flips, as published; features are then computed every epoch
-
-
-_DECADES = tuple(m * 10.0**e for e in range(-5, 2) for m in (1, 3, 5, 7, 9))
-PROTOCOLS: dict[str, Protocol] = {
-    # moco_jcl.md section 3; esvit.md section 3; crmoe.md 3.2 (35 rates x 2 decays, plain SGD)
-    "mocov2": Protocol(lrs=(30.0,), schedule="step", scale=False),
-    "mocov3_resnet": Protocol(lrs=(0.1,), epochs=90, batch=1024),
-    "mocov3_vit": Protocol(lrs=(3.0,), epochs=90, batch=1024),
-    "esvit": Protocol(lrs=(0.001,), batch=1024, blocks=4),
-    "crmoe": Protocol(lrs=_DECADES, weight_decays=(0.0, 1e-6), momentum=0.0, epochs=90, batch=1024),
-    # ours: features computed once, a short sweep, for small sets and for monitoring
-    "fast": Protocol(
-        lrs=tuple(10.0 ** (e / 2) for e in range(-5, 4)), epochs=30, batch=512, per="iteration", augment=False
-    ),
-}
-
-
-@dataclass
-class Sweep:
-    """The heads of a protocol's settings on this rank and their optimizer.
-
-    Args:
-        protocol: settings. width: D. classes: K. total_steps, steps_per_epoch: of the schedule.
-        comm: ranks over which settings are dealt. device: where the heads live.
-    """
-
-    protocol: Protocol
-    width: int
-    classes: int
-    steps_per_epoch: int
-    comm: Comm = field(default_factory=LocalComm)
-    device: torch.device | str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        everything = [(lr, wd) for lr in self.protocol.lrs for wd in self.protocol.weight_decays]
-        self.mine = list(range(self.comm.rank, len(everything), self.comm.world))
-        self.settings, self.step_number = everything, 0
-        scale = self.protocol.batch / 256 if self.protocol.scale else 1.0
-        column = lambda i: torch.tensor([everything[s][i] for s in self.mine], device=self.device)[:, None]  # noqa: E731
-        self.lr, self.wd = column(0) * scale, column(1)
-        # N(0, .01) weights, 0 biases; a setting's start depends on its number alone
-        weights = [
-            torch.randn(self.width, self.classes, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + s))
-            for s in self.mine
-        ]
-        shape = (self.width, len(self.mine), self.classes)
-        self.w = (torch.stack(weights, 1) * 0.01).to(self.device) if weights else torch.zeros(shape, device=self.device)
-        self.b = torch.zeros(shape[1:], device=self.device)
-        self.vw, self.vb = torch.zeros_like(self.w), torch.zeros_like(self.b)
-
-    def factor(self) -> float:
-        """Learning rate of this step as a part of the base one."""
-        epoch = self.step_number / self.steps_per_epoch
-        if self.protocol.per == "epoch":
-            epoch = math.floor(epoch)
-        if self.protocol.schedule == "step":
-            return 0.1 ** sum(epoch >= m * self.protocol.epochs for m in self.protocol.milestones)
-        return 0.5 * (1 + math.cos(math.pi * epoch / self.protocol.epochs))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, S, K)."""
-        return (x @ self.w.flatten(1)).unflatten(1, self.b.shape) + self.b
-
-    @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One SGD step of every head on features (B, D) and labels (B,)."""
-        if self.mine:
-            g = self.logits(x).softmax(2)
-            g[torch.arange(len(x), device=x.device), :, y] -= 1.0
-            g /= len(x)
-            lr, momentum = self.lr * self.factor(), self.protocol.momentum
-            for value, velocity, grad, decay in (
-                (self.w, self.vw, (x.T @ g.flatten(1)).view_as(self.w), self.wd),
-                (self.b, self.vb, g.sum(0), self.wd),
-            ):
-                velocity.mul_(momentum).add_(grad).add_(decay * value)
-                value.sub_(lr * velocity)
-        self.step_number += 1
-
-    @torch.no_grad()
-    def correct(self, x: Tensor, y: Tensor, chunk: int = 4096) -> Tensor:
-        """Right answers among the best 1 and the best 5 of every setting of all ranks, (settings, 2)."""
-        out = torch.zeros(len(self.settings), 2, dtype=torch.float64, device=self.device)
-        for start in range(0, len(x), chunk):
-            labels = y[start : start + chunk]
-            for s, scores in zip(self.mine, self.logits(x[start : start + chunk]).unbind(1), strict=True):
-                for j, top in enumerate((1, 5)):
-                    out[s, j] += hits(scores.nan_to_num(nan=-1e30), labels, top).sum()
-        return self.comm.all_reduce(out)
+if TYPE_CHECKING:
+    from moe_cl.evals.context import Context
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -146,14 +36,12 @@ def train_sweep(
     protocol: Protocol, x: Tensor, y: Tensor, classes: int, *, seed: int = 0, comm: Comm | None = None
 ) -> Sweep:
     """All heads of ``protocol`` trained on cached features (N, D)."""
-    batch = min(protocol.batch, len(x))
-    steps = math.ceil(len(x) / batch)
-    sweep = Sweep(protocol, x.shape[1], classes, steps, comm or LocalComm(), x.device, seed)
+    sweep = Sweep(
+        protocol, x.shape[1], classes, math.ceil(len(x) / protocol.batch), comm or LocalComm(), x.device, seed
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(protocol.epochs):
-        order = torch.randperm(len(x), generator=generator).to(x.device)
-        for index in order.split(batch):
-            sweep.step(x[index], y[index])
+        sweep.epoch(x, y, generator)
     return sweep
 
 
@@ -212,3 +100,113 @@ def _result(
     top1, top5 = accuracy.tolist()
     out: dict[str, float | str] = {"top1": top1, "top5": top5, "lr": setting[0], "weight_decay": setting[1]}
     return out | ({} if held_out is None else {"held_out_top1": held_out}) | {"selection": selection}
+
+
+HELP = "linear probe on frozen features: MoCo's, MoCo v3's, EsViT's and CR-MoE's protocols, or a fast one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``eval linear``."""
+    parser.add_argument("--protocol", dest="recipe", choices=tuple(PROTOCOLS), default="fast", help="default: fast")
+    parser.add_argument("--epochs", type=int, help="instead of the protocol's")
+    parser.add_argument("--lr", type=float, nargs="+", help="rates of the sweep instead of the protocol's")
+    parser.add_argument("--probe-batch", type=int, help="images a step of the probe instead of the protocol's")
+    parser.add_argument("--blocks", type=int, help="features of the last blocks instead of the protocol's")
+    parser.add_argument("--patches", action="store_true", help="with the mean patch token beside the class token")
+    parser.add_argument("--no-augment", action="store_true", help="plain views: features are computed once")
+    parser.add_argument("--held-out", type=float, default=0.1, help="part of the training set that chooses the head")
+    parser.add_argument(
+        "--select-on-test", action="store_true", help="the papers' way: best head and epoch on the test set"
+    )
+
+
+def run(ctx: Context) -> dict[str, Any]:
+    """Table and JSON of ``eval linear``."""
+    from moe_cl.evals.context import class_count
+    from moe_cl.evals.record import record
+
+    args, protocol = ctx.args, PROTOCOLS[ctx.args.recipe]
+    asked = {
+        "epochs": args.epochs,
+        "lrs": tuple(args.lr) if args.lr else None,
+        "batch": args.probe_batch,
+        "blocks": args.blocks,
+        "augment": False if args.no_augment else None,
+    }
+    protocol = replace(protocol, **{k: v for k, v in asked.items() if v is not None})
+    encode = ctx.encode(blocks=protocol.blocks, patches=args.patches)
+    with ctx.untouched():
+        train, test = ctx.features(True, encode), ctx.features(False, encode)
+        classes = class_count(train[1], test[1])
+        if protocol.augment:
+            out = _augmented(ctx, protocol, encode, train, test, classes)
+        else:
+            out = linear_probe(
+                *train,
+                *test,
+                classes,
+                protocol=protocol,
+                held_out=args.held_out,
+                select="test" if args.select_on_test else "held_out",
+                seed=args.seed,
+                comm=ctx.comm,
+            )
+    if ctx.comm.rank == 0:
+        figures = {k: v for k, v in out.items() if isinstance(v, float)}
+        setting = ctx.setting(sweep=asdict(protocol), classes=classes)
+        rows = [[args.recipe, out["lr"], out["top1"], out["top5"], out["selection"]]]
+        columns = ("protocol", "lr", "top-1", "top-5", "chosen")
+        more = {"selection": out["selection"]}
+        record(ctx.out, "linear", ctx.step, figures, setting, columns=columns, rows=rows, more=more)
+    return out
+
+
+def _augmented(
+    ctx: Context,
+    protocol: Protocol,
+    encode: Any,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: int,
+) -> dict[str, Any]:
+    """Random-resized crops (scale .08 to 1) and flips, new every epoch; the held-out part is left out of training.
+
+    The encoder is frozen, so an epoch's features do not depend on the order of its batches: they are computed once an
+    epoch, in data order, and every head of the sweep trains on them.
+    """
+    several = len(protocol.lrs) * len(protocol.weight_decays) > 1 and not ctx.args.select_on_test
+    labels = train[1]
+    fit, held = split(labels, ctx.args.held_out, ctx.args.seed) if several else (torch.arange(len(labels)), None)
+    fit = fit.to(labels.device)
+    steps = math.ceil(len(fit) / protocol.batch)
+    sweep = Sweep(protocol, train[0].shape[1], classes, steps, ctx.comm, train[0].device, ctx.args.seed)
+    generator = torch.Generator().manual_seed(ctx.args.seed)
+    best: Tensor | None = None
+    for epoch in range(protocol.epochs):
+        x, y = ctx.features(True, encode, view=crop_and_flip(ctx, epoch))
+        if not torch.equal(y, labels):
+            raise RuntimeError("the training set changed between two passes over it")
+        sweep.epoch(x[fit], y[fit], generator)
+        if ctx.args.select_on_test:
+            accuracy = sweep.correct(*test) / len(test[1])
+            best = accuracy if best is None or accuracy[:, 0].max() > best[:, 0].max() else best
+    if best is not None:
+        chosen = int(best[:, 0].argmax())
+        return _result(best[chosen], sweep.settings[chosen], None, "best head and epoch on test (as published)")
+    chosen, score = 0, None
+    if held is not None:
+        held = held.to(labels.device)
+        scores = sweep.correct(train[0][held], labels[held])[:, 0] / len(held)
+        chosen, score = int(scores.argmax()), float(scores.max())
+    accuracy = sweep.correct(*test)[chosen] / len(test[1])
+    return _result(accuracy, sweep.settings[chosen], score, "held out of training" if several else "no choice to make")
+
+
+def crop_and_flip(ctx: Context, epoch: int) -> Any:
+    """The papers' training view of a probe: random-resized crop and flip by (seed, epoch, id)."""
+    from moe_cl.views.augment import make_views
+    from moe_cl.views.spec import NORMALIZE, CropSpec, ViewSpec
+
+    crop = CropSpec(size=ctx.size, interpolation=ctx.args.interpolation, order=[])
+    spec = ViewSpec("probe", (crop,), 1, *NORMALIZE[ctx.normalize])
+    return lambda image, sample_id: make_views(image, spec, ctx.args.seed, epoch, sample_id)[0][0]

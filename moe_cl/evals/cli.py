@@ -1,0 +1,36 @@
+"""``python -m moe_cl eval PROTOCOL --checkpoint DIR ...``, alone or under deepspeed, torchrun or srun."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from moe_cl.evals import context
+
+# protocol: module with HELP, add_arguments(parser) and run(ctx)
+PROTOCOLS = {
+    "summary": "moe_cl.evals.summary",
+    "knn": "moe_cl.evals.knn",
+    "linear": "moe_cl.evals.linear",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command a protocol."""
+    protocols = parser.add_subparsers(dest="protocol", metavar="PROTOCOL", required=True)
+    for name, module in PROTOCOLS.items():
+        loaded = importlib.import_module(module)
+        sub = protocols.add_parser(name, help=loaded.HELP, description=loaded.HELP)
+        context.add_arguments(sub)
+        loaded.add_arguments(sub)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one protocol on this rank; returns the exit code."""
+    from moe_cl.comm import LocalComm
+    from moe_cl.engine import ranks
+
+    me = ranks.from_environment()
+    comm = ranks.init(me, timeout=3600.0) if me.world > 1 else LocalComm()
+    importlib.import_module(PROTOCOLS[args.protocol]).run(context.Context(args, comm))
+    return 0

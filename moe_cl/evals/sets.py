@@ -1,0 +1,207 @@
+"""Labelled sets by name: shards of this project, a folder of class folders, or one of torchvision's sets."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moe_cl.config import ConfigError
+from moe_cl.data.loader import LabelledLoader
+from moe_cl.models.build import nearest
+from moe_cl.views.spec import eval_view
+
+SOURCES = "A set is a folder or pattern of shards, folder:DIR (one sub-folder a class) or torchvision:NAME:ROOT"
+
+View = Callable[[np.ndarray, int], Tensor]  # image (H, W, 3) uint8, sample id -> (C, S, S)
+
+
+class LabelledSet(Protocol):
+    """Iterates over (images (b, C, S, S), labels (b,), ids (b,))."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """How torchvision splits a set, and the metric of the transfer tables (esvit.md 2; CLIP's)."""
+
+    train: dict[str, Any] = field(default_factory=lambda: {"train": True})
+    test: dict[str, Any] = field(default_factory=lambda: {"train": False})
+    metric: str = "accuracy"  # accuracy, per_class, map11 (VOC's 11 points)
+
+
+def _split(train: str, test: str, metric: str = "accuracy", **more: Any) -> Known:
+    return Known({"split": train, **more}, {"split": test, **more}, metric)
+
+
+# Sets whose published protocol trains on train + val name both; those without a split are cut by ``open_set``.
+KNOWN: dict[str, Known] = {
+    "MNIST": Known(),
+    "FashionMNIST": Known(),
+    "CIFAR10": Known(),
+    "CIFAR100": Known(),
+    "Food101": _split("train", "test"),
+    "OxfordIIITPet": _split("trainval", "test", "per_class"),
+    "Flowers102": _split("train+val", "test", "per_class"),
+    "SUN397": Known({}, {}),
+    "StanfordCars": _split("train", "test"),
+    "FGVCAircraft": _split("trainval", "test", "per_class"),
+    "VOC2007": Known({"image_set": "trainval", "year": "2007"}, {"image_set": "test", "year": "2007"}, "map11"),
+    "DTD": _split("train+val", "test"),
+    "Caltech101": Known({}, {}, "per_class"),
+    "STL10": _split("train", "test"),
+    "GTSRB": _split("train", "test"),
+    "PCAM": _split("train", "test"),
+    "FER2013": _split("train", "test"),
+    "EuroSAT": Known({}, {}),
+    "Country211": _split("train", "test"),
+    "RenderedSST2": _split("train", "test"),
+}
+
+
+def metric_of(source: str) -> str:
+    """The metric that the transfer tables use for a set: accuracy, per_class or map11."""
+    name = source.split(":")[1] if source.startswith("torchvision:") else ""
+    return KNOWN[name].metric if name in KNOWN else "accuracy"
+
+
+def open_set(
+    source: str,
+    *,
+    train: bool,
+    size: int,
+    normalize: str,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    interpolation: str = "bilinear",
+    view: View | None = None,
+) -> LabelledSet:
+    """This rank's part of a set: samples rank, rank + world, ... in order, once.
+
+    Args:
+        source: see ``SOURCES``. train: which half of a set that has two.
+        view: makes the image tensor from the decoded image and its id; None = the plain evaluation view.
+
+    Raises:
+        ConfigError: no such set, or torchvision cannot find its files.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in ("folder", "torchvision"):
+        if view is None:
+            return LabelledLoader(source, size, normalize, batch, rank, world, workers, interpolation=interpolation)
+        images: Dataset = _Shards(source, size)
+    else:
+        images = _folder(rest) if kind == "folder" else torchvision_set(rest, train)
+    view = view or (lambda image, _: eval_view(image, size, normalize, interpolation))
+    loader = DataLoader(
+        _Views(images, view, rank, world), batch_size=batch, num_workers=workers, collate_fn=_stack,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    loader.images = images
+    return loader
+
+
+def _folder(path: str) -> Dataset:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(path)
+    except (FileNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"folder:{path}: {' '.join(str(error).split())[:200]}; it needs one sub-folder a class"
+        ) from None
+
+
+def torchvision_set(rest: str, train: bool) -> Dataset:
+    """``NAME:ROOT`` of torchvision. Sets without a split are cut 80/20 in a fixed order."""
+    name, _, root = rest.partition(":")
+    if name not in KNOWN:
+        raise ConfigError(f"torchvision:{name} is not known here{nearest(name, KNOWN)}; it has {', '.join(KNOWN)}")
+    datasets = importlib.import_module("torchvision.datasets")
+    known = KNOWN[name]
+    options = known.train if train else known.test
+    kind = getattr(datasets, "VOCDetection" if name == "VOC2007" else name)
+    if not root:
+        raise ConfigError(f"torchvision:{name} needs the folder of its files: torchvision:{name}:ROOT")
+    try:
+        splits = options.get("split", "").split("+")
+        parts = [kind(root, **(options | ({"split": s} if s else {}))) for s in splits]
+    except (RuntimeError, FileNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"torchvision:{name}:{root}: {' '.join(str(error).split())[:160]}; download it with torchvision first"
+        ) from None
+    if known.train == known.test:
+        order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = int(0.8 * len(order))
+        return torch.utils.data.Subset(parts[0], order[:cut] if train else order[cut:])
+    return parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+
+
+class _Shards(Dataset):
+    """Decoded images of this project's shards."""
+
+    def __init__(self, pattern: str, size: int):
+        from moe_cl.config import DataConfig
+        from moe_cl.data.index import resolve
+        from moe_cl.data.samples import Images
+
+        if not Path(pattern.split("::")[0].split("{")[0]).parent.exists() and "://" not in pattern:
+            raise ConfigError(f"{pattern}: no such data")
+        self.dataset = resolve(pattern)
+        self.images = Images(self.dataset, DataConfig(), round(size * 256 / 224))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        ids = np.array([i])
+        return self.images.decode(next(iter(self.images.reader.read(ids)))), int(self.images.reader.labels(ids)[0][0])
+
+
+class _Views(Dataset):
+    """This rank's samples as (view, label, id)."""
+
+    def __init__(self, images: Dataset, view: View, rank: int, world: int):
+        self.images, self.view, self.ids = images, view, range(rank, len(images), world)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any, int]:
+        image, label = self.images[self.ids[i]]
+        if not isinstance(image, np.ndarray):
+            image = np.asarray(image.convert("RGB"))
+        return self.view(image, self.ids[i]), voc_labels(label) if isinstance(label, dict) else label, self.ids[i]
+
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+
+
+def voc_labels(annotation: dict[str, Any]) -> list[int]:
+    """Per class: 1 present, 0 absent, -1 only as a difficult object (left out by VOC's metric)."""
+    marks = [0] * len(VOC_CLASSES)
+    for thing in annotation["annotation"]["object"]:
+        c = VOC_CLASSES.index(thing["name"])
+        if thing.get("difficult") == "1":
+            marks[c] = marks[c] or -1
+        else:
+            marks[c] = 1
+    return marks
+
+
+def _stack(items: list[tuple[Tensor, Any, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    views, labels, ids = zip(*items, strict=True)
+    return torch.stack(views), torch.tensor(labels), torch.tensor(ids)

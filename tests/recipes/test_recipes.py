@@ -1,0 +1,99 @@
+"""Every recipe resolves, says what it is, and takes one step with its sizes cut down; sweeps resolve too."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+
+from moe_cl import config, methods
+from moe_cl.comm import LocalComm
+from moe_cl.engine import optim, schedules
+from moe_cl.engine.setup import build_method
+from moe_cl.recipes.cli import commands, sweep_names
+from moe_cl.views.spec import Batch, build_spec
+from tests.plain import Run
+
+CUT = {  # sizes alone; what a recipe decides stays
+    "moco": ["params.dim=8", "params.queue=64"],
+    "jcl": ["params.dim=8", "params.queue=64"],
+    "simclr": ["params.dim=8"],
+    "mocov3": ["params.dim=8", "params.mlp_dim=16"],
+    "crmoe": ["params.dim=8", "params.mlp_dim=16"],
+    "esvit": ["params.out_dim=32", "params.hidden=16", "params.bottleneck=8"],
+}
+VIT = ["dim=16", "depth=2", "heads=2", "patch_size=8", "img_size=32"]
+SWIN = ["dim=8", "depths=[1, 1, 1, 1]", "heads=[1, 1, 2, 2]"]
+
+
+def cut(name: str) -> config.RunConfig:
+    """A recipe at toy size."""
+    cfg = config.load(name, [], methods.params_of)
+    sizes = CUT[cfg.method] + [
+        "batch.global_batch=4",
+        "views.size=64" if "swin" in cfg.model.backbone else "views.size=32",
+    ]
+    kind = cfg.model.backbone
+    if "vit" in kind or "deit" in kind or "vmoe" in kind:
+        sizes += [f"model.options.{o}" for o in VIT]
+    elif "swin" in kind:
+        sizes += [f"model.options.{o}" for o in SWIN] + ["views.local_size=32"]
+    elif kind == "resnet50":
+        sizes += ["model.backbone=resnet18"]
+    if cfg.method == "esvit" and "swin" not in kind:
+        sizes += ["views.local_size=16"]
+    if cfg.method == "esvit":
+        sizes += ["views.local_number=2"]
+    if cfg.moe.blocks != "none" or "vmoe" in kind:
+        sizes += ["moe.experts=4", "moe.ep_size=1"]
+    return config.load(name, sizes, methods.params_of)
+
+
+def one_step(cfg: config.RunConfig) -> tuple[torch.Tensor, dict]:
+    torch.manual_seed(0)
+    spec, samples = build_spec(cfg.views), cfg.batch.global_batch
+    views = [torch.randn(count * samples, 3, size, size) for size, count in spec.resolutions]
+    ids = torch.arange(samples)
+    boxes = torch.tensor([0.1, 0.2, 0.6, 0.5, 0.0]).expand(spec.views, samples, 5).clone()
+    method, student, teacher = build_method(cfg, LocalComm(), None)
+    run = Run(method, student, teacher)
+    peak = schedules.scaled_lr(cfg.optim, samples)
+    optimizer = optim.build(optim.param_groups(student, cfg.optim), cfg.optim, peak)
+    run.optimize(optimizer)
+    loss = run.step(Batch(views, boxes, ids, ids, ids), cfg.teacher.momentum)
+    return loss, run.grads
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_one_step(name):
+    loss, grads = one_step(cut(name))
+    assert torch.isfinite(loss) and grads and all(torch.isfinite(g).all() for g in grads.values())
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_says_what_it_is(name):
+    """The head of the file: what, the command, hardware, expected figures."""
+    head = [line for line in config.recipe_path(name).read_text().split("\n") if line.startswith("#")]
+    text = "\n".join(head)
+    assert len(head) >= 2 and f"--recipe {name}" in text or "quickstart" in text
+    if "fmnist" not in name:
+        assert "Hardware" in text and "Expected" in text
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_sweeps_resolve(name):
+    for _, command, _ in commands(name):
+        words = shlex.split(command)
+        recipe, settings = words[words.index("--recipe") + 1], [w for w in words if "=" in w]
+        cfg = config.load(recipe, settings, methods.params_of)
+        build_spec(cfg.views)
+
+
+def test_effective_learning_rates():
+    """The papers' own numbers at their batch."""
+    for name, want in {"mocov3_r50_100ep": 9.6, "mocov3_vit_small_300ep": 2.4e-3, "crmoe_vmoe_small_100ep": 2e-3,
+                       "crmoe_vmoe_small_300ep": 6e-3, "esvit_swin_tiny_w7": 1e-3, "jcl_paper_r50_200ep": 0.06,
+                       "mocov2_r50_200ep": 0.03}.items():  # fmt: skip
+        cfg = config.load(name, [], methods.params_of)
+        assert schedules.scaled_lr(cfg.optim, cfg.batch.global_batch) == pytest.approx(want)

@@ -17,6 +17,7 @@ from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
 from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
 from moe_cl.engine.checkpoint import Checkpointer, store
+from moe_cl.engine.guard import Guard
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
 from moe_cl.tracking import environment, trace
@@ -32,6 +33,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
     torch.set_num_threads(cfg.engine.threads or max(1, torch.get_num_threads() // me.local_world))
     spec, out = build_spec(cfg.views), Path(cfg.out)
     with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(Guard(out, me.rank, me.world))
         # The loader first: what is wrong with the data is said before any rank meets another.
         sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
         loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world)
@@ -50,7 +52,9 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method, config=tree
         )
         stack.callback(checkpoints.close)
-        state = (checkpoints.load() if cfg.resume else None) or {"step": 0}
+        guard.watch(comm, parts.engine, parts.student)
+        parts.stop = guard.requested
+        state = (checkpoints.load() if cfg.resume else None) or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:
             loader.load_state_dict(state["loader"])
         track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
@@ -62,6 +66,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         for number in range(state["step"], total):
             begin = time.monotonic()
             micro_batches = next(loader)
+            guard.at(number, micro_batches)
             lr = schedules.learning_rate(number, per_epoch, built.peak_lr, cfg.schedule)
             decay = schedules.weight_decay(number, per_epoch, cfg.optim, cfg.schedule.epochs)
             momentum = schedules.teacher_momentum(number, per_epoch, cfg.teacher, cfg.schedule.epochs)
@@ -76,12 +81,27 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             track.step(done, values, digest_hex(agreed.digest))
             if knn_every and (done % knn_every == 0 or done == total):
                 track.evaluation("knn", done, online_knn(cfg, built.evaluated, comm, built.device, built.dtype))
-            if done % save_every == 0 or done == total:
+            if done % save_every == 0 or done == total or agreed.stop:
                 checkpoints.save(done, {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id})
             for event in loader.drain_events() + checkpoints.drain_events():
                 track.event(**{"step": done, **event})
+            if agreed.stop and done < total:
+                checkpoints.wait()
+                guard.stopped(done)
+                track.killed()
+                break
         checkpoints.wait()
     return 0
+
+
+def begin_from(cfg: RunConfig, checkpoints: Checkpointer, rank: int) -> dict[str, Any]:
+    """Where a run that resumes nothing begins: step 0, or the step of the checkpoint ``model.init_from``."""
+    if not cfg.model.init_from:
+        return {"step": 0}
+    report = checkpoints.init_from(cfg.model.init_from)
+    if rank == 0:
+        print(f"init_from {cfg.model.init_from}: {report}")
+    return {"step": 0, **(report.extra or {}), "mlflow_run": None}
 
 
 @contextlib.contextmanager
@@ -118,6 +138,11 @@ def tracking(
     }
     data = {"name": Path(cfg.data.train).name, "digest": loader.state_dict()["data"][:36], "source": cfg.data.train}
     data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
+    if batch.accumulation > 1 and built.parts.method.in_batch_negatives and not cfg.batch.exact_large_batch:
+        show["note"] = (
+            f"with accumulation a sample's negatives are the {batch.micro_batch * batch.ranks} of its micro-batches, not "
+            f"all {batch.global_batch}: another objective; batch.exact_large_batch=true keeps the whole batch's"
+        )
     resumed = f"step {state['step']}" if state["step"] else None
     return Tracking(
         out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from moe_cl.comm import Comm
+from moe_cl.engine.checkpoint import store
 from moe_cl.engine.health import NonFiniteLoss, explain
 from moe_cl.engine.heartbeat import Heartbeat, survivors
 from moe_cl.engine.preemption import OutLock, Preemption, clear_requeue, mark_requeue
@@ -57,9 +58,10 @@ class Guard:
         self._now, self.heartbeat.step = (step, batches), step
         self.heartbeat("begin of the step")
 
-    def stopped(self, step: int, saved: bool) -> None:
+    def stopped(self, step: int) -> None:
         """All ranks stop after ``step`` steps on request; rank 0 leaves the requeue mark if the checkpoint is there."""
-        if self.rank == 0 and saved:
+        last = store.latest_complete(self.out)
+        if self.rank == 0 and last is not None and store.step_of(last) == step:
             mark_requeue(self.out, step, self.signals.name or "another rank was signalled")
 
     def __exit__(

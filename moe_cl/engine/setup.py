@@ -15,9 +15,10 @@ from moe_cl import methods
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import RunConfig
 from moe_cl.engine import checks, large_batch, optim, ranks, schedules
-from moe_cl.engine.checkpoint.snapshot import scaler_of
+from moe_cl.engine.checkpoint import start
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
+from moe_cl.engine.scaler import scaler_of
 from moe_cl.engine.step import Parts, Student
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method
@@ -101,7 +102,8 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     method, student, teacher_module = build_method(cfg, comm, factory)
     student.to(device)
     method.to(device)
-    groups = optim.param_groups(student, cfg.optim)
+    names = [name for name, _ in student.named_parameters()]
+    groups = optim.param_groups(student, cfg.optim, fresh=start.fresh_names(cfg.model.init_from, names))
     if factory is not None:
         groups = layer.param_groups(groups)
     peak = schedules.scaled_lr(cfg.optim, cfg.batch.global_batch)

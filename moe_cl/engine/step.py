@@ -39,7 +39,7 @@ class Student(nn.Module):
 
 @dataclass
 class Parts:
-    """What a driver drives. ``before_step``: between backward and optimizer (clipping)."""
+    """What a driver drives. ``before_step``: between backward and optimizer (clipping). ``stop``: asked to stop?"""
 
     engine: Any
     student: Encoder
@@ -48,6 +48,7 @@ class Parts:
     comm: Comm
     seed: int
     before_step: Callable[[], dict[str, Tensor]] = dict
+    stop: Callable[[], bool] = bool
 
 
 def with_keys(batch: Batch, seed: int, step: int) -> Batch:
@@ -122,4 +123,4 @@ def _agree(parts: Parts, outputs: list[StepOutput], batches: list[Batch], number
     metrics["loss"] = loss
     digest = digest_parts(torch.cat([b.sample_ids for b in batches]))
     with span("agree"):
-        return agree(parts.comm, loss, metrics, digest, number)
+        return agree(parts.comm, loss, metrics, digest, number, parts.stop())

@@ -67,7 +67,7 @@ def read_deepspeed(path: Path) -> dict[str, Tensor]:
     """Weights of a DeepSpeed checkpoint, its native MoE layers under our names.
 
     ``X.deepspeed_moe.gate.wg.weight`` (E, D) becomes ``X.router.weight`` (D, E); the experts' two linear layers,
-    each expert in a file of its own, become the stacks ``X.experts.{w1,b1,w2,b2}``. Raises ConfigError if one is missing.
+    each expert in its own file, become the stacks ``X.experts.{w1,b1,w2,b2}``. Raises ConfigError if one is missing.
     """
     folder = _tag(path)
     state = read_torch(folder / _MODEL).get("module")

@@ -1,8 +1,8 @@
 """Views of real photographs: the fast implementation and the papers' pipeline in turn, on one core.
 
-Both sides start from the same 500 x 375 JPEGs and give normalised float32 tensors. ``reference`` decodes with Pillow and
-augments with torchvision; ``fast`` is what the loader does. Processor time of this process is counted, so that other
-work on the machine disturbs less; rounds of all photos alternate, and the medians of the rounds are compared.
+Both sides start from the same 500 x 375 JPEGs and give normalised float32 tensors: ``reference`` decodes with Pillow
+and augments with torchvision, ``fast`` is what the loader does. Processor time of this process is counted, so that
+other work on the machine disturbs less; rounds of all photos alternate, and the medians of the rounds are compared.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def make_views(image: np.ndarray, spec: ViewSpec, seed: int, epoch: int, positio
 
         return reference.make_views(image, spec, seed, epoch, position)
     params = draw_views(spec, image.shape[0], image.shape[1], seed, epoch, position)
-    boxes = torch.tensor([p.box for p in params])
+    boxes = torch.from_numpy(np.array([p.box for p in params], np.float32))
     if spec.implementation == "device":
         return [torch.from_numpy(_planes(crop(image, p))) for p in params], boxes
     return [render(image, p, spec) for p in params], boxes
@@ -173,10 +173,11 @@ def _solarize(view: np.ndarray, threshold: int) -> np.ndarray:
 def normalise(view: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(h, w, 3) or gray (h, w) uint8 to (3, h, w) float32: (x/255 - mean) / std."""
     scale, shift = _scale_shift(mean, std)
-    out = torch.empty((3, *view.shape[:2]))
-    if view.ndim == 3:
-        view = _planes(view)
-    return out.copy_(torch.from_numpy(view)).mul_(scale).add_(shift)
+    planes = _planes(view) if view.ndim == 3 else np.broadcast_to(view, (3, *view.shape))
+    out = planes.astype(np.float32, order="C")
+    out *= scale
+    out += shift
+    return torch.from_numpy(out)
 
 
 def _planes(view: np.ndarray) -> np.ndarray:
@@ -187,6 +188,6 @@ def _planes(view: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    mean_t, std_t = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
-    return (1.0 / (255.0 * std_t)).float(), (-mean_t / std_t).float()
+def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    m, s = (np.array(v)[:, None, None] for v in (mean, std))
+    return (1.0 / (255.0 * s)).astype(np.float32), (-m / s).astype(np.float32)

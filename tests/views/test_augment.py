@@ -4,6 +4,7 @@ Differences are in units of 1/255, mean over all pixels unless said otherwise.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ UNITS = 255 * 0.226  # normalised differences in units of 1/255, at the mean std
 
 
 def crops():
-    return [np.ascontiguousarray(p[50:274, 100:324]) for p in photos()]
+    return [np.ascontiguousarray(p[50:210, 100:260]) for p in photos()]
 
 
 def difference(image, operations):
@@ -43,16 +44,13 @@ def test_affine_colour_is_pils(name, factor):
         assert np.abs(error).max() <= 1 and np.abs(error).mean() < 0.25
 
 
-factor = st.floats(0.2, 1.8)
-triple = st.permutations(["brightness", "contrast", "saturation"])
-
-
-@settings(max_examples=60, deadline=None)
-@given(triple, factor, factor, factor, st.integers(0, 1))
-def test_fused_affine_colour_in_any_order(order, b, c, s, photo):
-    values = {"brightness": b, "contrast": c, "saturation": s}
-    error = np.abs(difference(crops()[photo], tuple((name, values[name]) for name in order)))
-    assert error.mean() < 1.0
+@pytest.mark.parametrize("order", itertools.permutations(["brightness", "contrast", "saturation"]))
+def test_fused_affine_colour_in_any_order(order):
+    factors = np.random.default_rng(0).uniform(0.2, 1.8, (12, 3)).tolist()
+    means = [
+        np.abs(difference(crops()[i % 2], tuple(zip(order, f, strict=True)))).mean() for i, f in enumerate(factors)
+    ]
+    assert max(means) < 1.0 and np.mean(means) < 0.4
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,7 @@ def test_normalise(normalize):
 def test_whole_views_are_near_the_reference(name):
     spec = build_spec(ViewsConfig(spec=name))
     slow_spec = dataclasses.replace(spec, implementation="reference")
-    for position in range(12):
+    for position in range(8):
         image = photos()[position % 2]
         fast, boxes = augment.make_views(image, spec, 3, 1, position)
         slow, slow_boxes = augment.make_views(image, slow_spec, 3, 1, position)

@@ -1,12 +1,11 @@
 """The batched implementation against the fast one and PIL, with the same drawn parameters."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from moe_cl.config import ViewsConfig
@@ -56,14 +55,11 @@ def test_blur_is_pils_kernel():
     assert error.mean(axis=(1, 2, 3)).max() < 0.6 and error[:, 8:-8, 8:-8].max() <= 4
 
 
-factor = st.floats(0.2, 1.8)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.permutations(["brightness", "contrast", "saturation"]), min_size=1, max_size=4), factor, factor)
-def test_rows_of_different_orders_do_not_touch_each_other(orders, a, b):
-    rows = [tuple(zip(order, (a, b, 0.5 * (a + b)), strict=True)) for order in orders]
-    assert np.abs(errors(rows)).mean(axis=(1, 2, 3)).max() < 0.7
+def test_rows_of_different_orders_do_not_touch_each_other():
+    orders = list(itertools.permutations(["brightness", "contrast", "saturation"]))
+    factors = np.random.default_rng(0).uniform(0.2, 1.8, (len(orders), 3)).tolist()
+    error = np.abs(errors([tuple(zip(o, f, strict=True)) for o, f in zip(orders, factors, strict=True)]))
+    assert error.mean(axis=(1, 2, 3)).max() < 0.6
 
 
 def test_an_operation_nobody_knows_is_an_error():

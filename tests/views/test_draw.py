@@ -13,7 +13,7 @@ from moe_cl.config import ViewsConfig
 from moe_cl.views.draw import COLOURS, SLOTS, draw, draw_views
 from moe_cl.views.spec import CropSpec, build_spec
 
-N = 3000
+N = 2000
 
 
 def draws(crop, height=375, width=500, n=N):

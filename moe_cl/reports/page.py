@@ -52,7 +52,7 @@ def _is_number(cell: Any) -> bool:
 def _cell(cell: Any, right: bool, bold: bool) -> str:
     shown, value = cell if isinstance(cell, tuple) else (cell, cell)
     if isinstance(shown, float):
-        shown = f"{shown:.4f}" if abs(shown) < 1e4 else f"{shown:,.0f}"
+        shown = f"{shown:.4f}" if abs(shown) < 10 else f"{shown:.1f}" if abs(shown) < 1e4 else f"{shown:,.0f}"
     elif isinstance(shown, int) and not isinstance(shown, bool):
         shown = f"{shown:,}"
     key = f' data-value="{escape(value)}"' if right and value is not None else ""

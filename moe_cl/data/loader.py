@@ -6,6 +6,7 @@ counts positions used by optimizer steps (``used()``), never what was prefetched
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import logging
@@ -69,9 +70,12 @@ class Loader:
         self._tally = Tally(cfg.max_bad_fraction)
         self.counts, self.epoch, self.wait_seconds = self._tally.counts, 0, 0.0
         self._epoch, self._cursor = 0, 0  # used, over all ranks
+        self._processes: DataLoader | None = None
         self._made: Iterator[Made] | None = None
         self._events: list[dict[str, Any]] = patience.drain()
         self._tell()
+        if cfg.workers:
+            self._start()  # now, so that what the caller builds later (model, CUDA) is not forked
 
     def __iter__(self) -> Loader:
         return self
@@ -79,7 +83,7 @@ class Loader:
     def __next__(self) -> list[Batch]:
         start = time.perf_counter()
         if self._made is None:
-            self._made = self._start()
+            self._start()
         out = []
         for _ in range(self.accumulation):
             made = self._next_made()
@@ -117,8 +121,10 @@ class Loader:
                 if state["cursor"]:
                     raise ConfigError(f"{text}; in the middle of an epoch it must stay as it was")
                 log.warning("%s; the next epoch starts with it", text)
-        self.close()
-        self._make_order(int(state["seed"]))
+        self._made = None
+        if int(state["seed"]) != self.order.seed:
+            self.close()
+            self._make_order(int(state["seed"]))
         self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
 
     def drain_events(self) -> list[dict[str, Any]]:
@@ -129,7 +135,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the loading processes; the next ``next()`` starts again at the cursor."""
-        self._made = None
+        self._made = self._processes = None
 
     def _make_order(self, seed: int) -> None:
         shards = self.dataset.shards
@@ -141,30 +147,33 @@ class Loader:
             repeat[source.start : source.stop] = times
         self.order = Order([s.samples for s in shards], seed, self.cfg.streams, self.cfg.window, repeat.tolist())
 
-    def _start(self) -> Iterator[Made]:
-        plan = _Plan(self.order, self._epoch, self._cursor, self.global_batch, self.micro_batch, self.rank, self.world)
-        workers = self.cfg.workers
-        more = {}
-        if workers:
-            ahead = max(self.cfg.prefetch, self.accumulation if self.cfg.prefetch else 1)
-            more = {"prefetch_factor": math.ceil(ahead / workers), "multiprocessing_context": "fork"}
-        maker = BatchMaker(self.dataset, self.order, self.spec, self.cfg)
-        return iter(
-            DataLoader(
-                maker, batch_size=None, sampler=plan, num_workers=workers, collate_fn=_as_it_is,
+    def _start(self) -> None:
+        """(Re)start at the cursor; processes that run already stay, what they had prefetched is dropped."""
+        if self._processes is None:
+            workers, more = self.cfg.workers, {}
+            if workers:
+                ahead = max(self.cfg.prefetch, self.accumulation if self.cfg.prefetch else 1)
+                more = {"prefetch_factor": math.ceil(ahead / workers), "multiprocessing_context": "fork",
+                        "persistent_workers": True}  # fmt: skip
+            self._plan = _Plan(self.order, self.global_batch, self.micro_batch, self.rank, self.world)
+            maker = BatchMaker(self.dataset, self.order, self.spec, self.cfg)
+            self._processes = DataLoader(
+                maker, batch_size=None, sampler=self._plan, num_workers=workers, collate_fn=_as_it_is,
                 worker_init_fn=_worker, pin_memory=self.pin, **more,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        self._plan.start = self._epoch, self._cursor
+        self._made = iter(self._processes)
 
     def _next_made(self) -> Made:
         try:
             return next(self._made)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # a batch is on its way through a socket when its maker dies
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            self.close()
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DataStop(
-                f"a loading process died ({str(error).splitlines()[0]}); out of memory? lower data.workers or "
-                "data.prefetch"
+                f"a loading process died ({text}); out of memory? lower data.workers or data.prefetch"
             ) from None
 
     def _fingerprint(self) -> str:
@@ -192,9 +201,9 @@ class Loader:
 class _Plan(Sampler):
     """(epoch, positions) of every micro-batch of a rank from the cursor on, without end."""
 
-    def __init__(self, order: Order, epoch: int, cursor: int, batch: int, micro: int, rank: int, world: int):
-        self.order, self.start, self.batch, self.micro = order, (epoch, cursor), batch, micro
-        self.rank, self.world = rank, world
+    def __init__(self, order: Order, batch: int, micro: int, rank: int, world: int):
+        self.order, self.batch, self.micro, self.rank, self.world = order, batch, micro, rank, world
+        self.start = (0, 0)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for epoch, first in self.order.steps(*self.start, self.batch):
@@ -211,6 +220,7 @@ def _as_it_is(made: Made) -> Made:
 
 def _worker(number: int) -> None:
     cv2.setNumThreads(0)  # torch's DataLoader already sets one torch thread
+    gc.freeze()  # a collection would write to every inherited page, and each process would get its own copy
 
 
 def _check(cfg: DataConfig, global_batch: int, micro_batch: int, world: int) -> None:

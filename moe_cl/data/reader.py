@@ -6,7 +6,9 @@ belong to its tar, a link or a name with ``..`` is noticed before its bytes are 
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from moe_cl.data.shard import UNSAFE_MEMBER, ZERO_LENGTH, ShardIndex, is_remote
 
 HEADER = 512
 OPEN_FILES = 64
+GONE_SECONDS = 60.0  # a vanished remote shard is not asked for again so soon
 INDEXES = 4096  # shards whose columns are held; 1,000 samples each are 28 kB
 
 
@@ -48,6 +51,7 @@ class Reader:
         self._columns: OrderedDict[int, Columns] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._sizes: dict[int, int] = {}
+        self._gone: dict[int, tuple[float, SampleFault]] = {}
         self._process = os.getpid()
 
     def columns(self, shard: int) -> Columns:
@@ -178,26 +182,33 @@ class Reader:
         return self._files[shard]
 
     def _remote(self, wanted: list[tuple[int, int, int, int]], out: list[Any]) -> None:
-        urls = [self.dataset.shards[shard].url for _, shard, _, _ in wanted]
+        """Fill ``out[slot]`` of every (slot, shard, start, stop)."""
+        asked: list[tuple[int, int, int, int]] = []
+        for slot, shard, start, stop in wanted:
+            since, fault = self._gone.get(shard, (-math.inf, None))
+            if time.monotonic() - since < GONE_SECONDS:
+                out[slot] = fault
+                continue
+            try:
+                if self._cache is not None and stop > (size := self._size(shard)):
+                    url = self.dataset.shards[shard].url
+                    raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
+                asked.append((slot, shard, start, stop))
+            except SampleFault as fault:
+                out[slot] = fault
+        urls = [self.dataset.shards[shard].url for _, shard, _, _ in asked]
         if self._cache is None:
-            answers = self._ranges.fetch([(url, a, b) for url, (_, _, a, b) in zip(urls, wanted, strict=True)])
+            answers = self._ranges.fetch([(url, a, b) for url, (_, _, a, b) in zip(urls, asked, strict=True)])
         else:
-            ranges, answers = [], []
-            for url, (slot, shard, start, stop) in zip(urls, wanted, strict=True):
-                try:
-                    size = self._size(shard)
-                    if stop > size:
-                        raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
-                    ranges.append((slot, (url, size, start, stop)))
-                except SampleFault as fault:
-                    out[slot] = fault
-            wanted = [(slot, 0, 0, 0) for slot, _ in ranges]
-            answers = self._cache.read([r for _, r in ranges])
-        for (slot, *_), answer in zip(wanted, answers, strict=True):
+            ranges = [(url, self._size(s), a, b) for url, (_, s, a, b) in zip(urls, asked, strict=True)]
+            answers = self._cache.read(ranges)
+        for (slot, shard, _, _), answer in zip(asked, answers, strict=True):
             try:
                 out[slot] = _member(answer) if isinstance(answer, bytes) else answer
             except SampleFault as fault:
                 out[slot] = fault
+            if isinstance(answer, SampleFault) and answer.name == faults.VANISHED_SHARD:
+                self._gone[shard] = time.monotonic(), answer
 
     def _size(self, shard: int) -> int:
         if shard not in self._sizes:

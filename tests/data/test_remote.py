@@ -252,7 +252,7 @@ def test_several_threads_share_one_cache_folder(tmp_path, monkeypatch):
 
     def reader(number):
         blocks = cache.BlockCache(tmp_path, 8 * 1024, lambda ranges: [data[a:b] for _, a, b in ranges])
-        for i in range(200):
+        for i in range(50):
             start = (i * 977 + number * 331) % (len(data) - 3000)
             wrong.extend(
                 r for r in blocks.read([("u", len(data), start, start + 3000)]) if r != data[start : start + 3000]

@@ -12,6 +12,8 @@ PROTOCOLS = {
     "summary": "moe_cl.evals.summary",
     "knn": "moe_cl.evals.knn",
     "linear": "moe_cl.evals.linear",
+    "logistic": "moe_cl.evals.logistic",
+    "fewshot": "moe_cl.evals.fewshot",
 }
 
 

@@ -13,23 +13,10 @@ from torch import Tensor
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
-from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep
+from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, split
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
-
-
-def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of a training and a held-out part, the same fraction of every class (at least one stays)."""
-    generator = torch.Generator().manual_seed(seed)
-    train, held = [], []
-    for c in labels.unique().tolist():
-        index = (labels.cpu() == c).nonzero().flatten()
-        index = index[torch.randperm(len(index), generator=generator)]
-        cut = min(max(1, round(len(index) * fraction)), len(index) - 1)
-        held.append(index[:cut])
-        train.append(index[cut:])
-    return torch.cat(train).sort().values, torch.cat(held).sort().values
 
 
 def train_sweep(

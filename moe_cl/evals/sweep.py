@@ -131,3 +131,16 @@ class Sweep:
                 for j, top in enumerate((1, 5)):
                     out[s, j] += hits(scores.nan_to_num(nan=-1e30), labels, top).sum()
         return self.comm.all_reduce(out)
+
+
+def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of a training and a held-out part, the same fraction of every class (at least one stays)."""
+    generator = torch.Generator().manual_seed(seed)
+    train, held = [], []
+    for c in labels.unique().tolist():
+        index = (labels.cpu() == c).nonzero().flatten()
+        index = index[torch.randperm(len(index), generator=generator)]
+        cut = min(max(1, round(len(index) * fraction)), len(index) - 1)
+        held.append(index[:cut])
+        train.append(index[cut:])
+    return torch.cat(train).sort().values, torch.cat(held).sort().values

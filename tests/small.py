@@ -40,7 +40,7 @@ def settings(shards: Path, out: Path, *more: str) -> list[str]:
         "model.options={img_size: 16, patch_size: 8, dim: 16, depth: 2, heads: 2}", "views.size=16",
         "moe.experts=4", "params.dim=8", "params.mlp_dim=16", "batch.global_batch=16", "data.streams=4",
         "schedule.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_steps=2", "engine.precision=fp32",
-        "engine.collective_timeout=60", *more,
+        "engine.collective_timeout=60", "track.uri=none", *more,
     ]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def from_environment() -> Ranks:
 
 def init(ranks: Ranks, timeout: float) -> Comm:
     """Join the process group (gloo on the CPU accelerator, else the accelerator's own) with one collective time-out."""
-    # Compiled parts of DeepSpeed belong to this installation: two of them sharing a cache compile over each other.
+    # Compiled parts of DeepSpeed (GPU) belong to this installation: two sharing a cache compile over each other.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     with quiet():
         import deepspeed
@@ -79,7 +78,7 @@ def init(ranks: Ranks, timeout: float) -> Comm:
     if not on_cpu:
         accelerator.set_device(ranks.local_rank)
     if on_cpu:
-        remove_stale_lock()
+        leave_out_shm_op()
     with quiet():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
@@ -103,13 +102,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def remove_stale_lock(older_than: float = 300.0) -> None:
-    """Remove the lock of a build of DeepSpeed's CPU op that was killed: the next one would wait for it for ever.
+def leave_out_shm_op() -> None:
+    """Start DeepSpeed without the CPU op that it compiles at first use (needed by its inference all-reduce alone).
 
-    A live build takes a minute or two, so a lock of ``older_than`` seconds has no owner.
+    A build, or a mere load, that was killed leaves a lock for which every later start would wait for ever.
     """
-    from torch.utils.cpp_extension import _get_build_directory
+    import deepspeed.ops
 
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > older_than:
-        lock.unlink(missing_ok=True)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -216,7 +216,25 @@ def _sender(out: Path, uri: str, live: bool) -> Any:
     from moe_cl.tracking.sender import Sender
 
     root = (out.resolve() / ARTIFACT_FOLDER).as_uri() if uri.startswith("sqlite:") else None
+    _create(uri)
     return Sender(out, MlflowClient(uri), live, root)
+
+
+def _create(uri: str) -> None:
+    """A SQLite database with MLflow's tables, whole or not there: a chain of migrations makes them, and one that
+    was killed in the middle can never be continued (``_alembic_tmp_experiments already exists``)."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    from mlflow.tracking import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _say(text: str) -> None:

@@ -139,12 +139,16 @@ Check = Callable[[Golden, Report], None]
 
 
 def run(folder: Path, checks: Mapping[str, Check], only: str = "*") -> list[Row]:
-    """All rows of the files in ``folder``; a file or an array that no check used is a row that fails."""
+    """All rows of the files in ``folder``; a file or an array that no check used is a row that fails.
+
+    ``only``: FILE or FILE/CASE, each a glob or a part of the name.
+    """
     rows: list[Row] = []
+    of_file, _, of_case = only.partition("/")
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".npz", ".json"):
             continue
-        if not _wanted(path.stem, "", only) and "/" not in only:
+        if not _fits(path.stem, of_file):
             continue
         report = Report(path.stem)
         golden = Golden(path)
@@ -159,9 +163,10 @@ def run(folder: Path, checks: Mapping[str, Check], only: str = "*") -> list[Row]
             for name in golden:
                 if name not in golden.used:
                     report.rows.append(Row(path.stem, name, "array", np.inf, 0.0, "was not compared"))
-        rows += [r for r in report.rows if _wanted(r.file, r.case, only)]
+        rows += [r for r in report.rows if _fits(r.case, of_case)]
     return rows
 
 
-def _wanted(file: str, case: str, only: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for name in (file, f"{file}/{case}") for pattern in (only, f"*{only}*"))
+def _fits(name: str, pattern: str) -> bool:
+    """``pattern`` is a glob or a part of ``name``."""
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*{pattern}*")

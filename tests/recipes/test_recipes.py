@@ -41,6 +41,8 @@ def cut(name: str) -> config.RunConfig:
         sizes += [f"model.options.{o}" for o in SWIN] + ["views.local_size=32"]
     elif kind == "resnet50":
         sizes += ["model.backbone=resnet18"]
+    if getattr(cfg.params, "bn_groups", 1) > 1:
+        sizes += ["params.bn_groups=2"]
     if cfg.method == "esvit" and "swin" not in kind:
         sizes += ["views.local_size=16"]
     if cfg.method == "esvit":

@@ -14,6 +14,9 @@ PROTOCOLS = {
     "linear": "moe_cl.evals.linear",
     "logistic": "moe_cl.evals.logistic",
     "fewshot": "moe_cl.evals.fewshot",
+    "correspondence": "moe_cl.evals.correspondence",
+    "routing": "moe_cl.evals.routing",
+    "statistics": "moe_cl.evals.statistics",
 }
 
 

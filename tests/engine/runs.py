@@ -11,6 +11,7 @@ import torch
 from moe_cl import methods
 from moe_cl.config import BatchConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TeacherConfig, build
 from moe_cl.engine import setup
+from moe_cl.engine.ranks import leave_out_shm_op
 from moe_cl.models.build import from_config
 from moe_cl.views.spec import Batch
 
@@ -67,6 +68,7 @@ def build_run(comm, cfg: RunConfig) -> setup.Built:
     """Engine, teacher and method on the pool's ranks."""
     import deepspeed
 
+    leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with mock.patch.object(setup, "from_config", well_conditioned):
         return setup.build(cfg, comm)

@@ -15,6 +15,7 @@ from moe_cl.config import MoEConfig, OptimConfig
 from moe_cl.engine import optim
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
+from moe_cl.engine.ranks import leave_out_shm_op
 
 BATCH, WIDTH = 8, 16
 
@@ -106,6 +107,7 @@ def build(comm, stage=1, ep=1, cfg=None, separate=("last_layer",)) -> Run:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     cfg = cfg or OptimConfig(name="adamw", base_lr=1e-2, decay="matrices")
     moe = MoEConfig(blocks="odd", experts=4, top_k=2, hidden_ratio=1.0, init="xavier", ep_size=ep)
+    leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     net = Net(moe, True)
     groups = layer.param_groups(optim.param_groups(net, cfg, separate))

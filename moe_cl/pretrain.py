@@ -140,8 +140,8 @@ def tracking(
     data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
     if batch.accumulation > 1 and built.parts.method.in_batch_negatives and not cfg.batch.exact_large_batch:
         show["note"] = (
-            f"with accumulation a sample's negatives are the {batch.micro_batch * batch.ranks} of its micro-batches, not "
-            f"all {batch.global_batch}: another objective; batch.exact_large_batch=true keeps the whole batch's"
+            f"with accumulation a sample's negatives are the {batch.micro_batch * batch.ranks} of its micro-batches, "
+            f"not all {batch.global_batch}: another objective; batch.exact_large_batch=true keeps them"
         )
     resumed = f"step {state['step']}" if state["step"] else None
     return Tracking(

@@ -47,9 +47,8 @@ def batch_of(rank: int, world: int, total: int = 8, seed: int = 0, size: int = 1
     boxes[..., 2:4] += 0.6
     boxes[..., 4] = (boxes[..., 4] > 0.1).float()
     mine = torch.arange(rank, total, world)
-    return Batch(
-        [views[:, mine].flatten(0, 1)], boxes[:, mine], mine + 100 * seed, torch.full((len(mine),), -1), mine + total * seed
-    )  # fmt: skip
+    ids, labels, positions = mine + 100 * seed, torch.full((len(mine),), -1), mine + total * seed
+    return Batch([views[:, mine].flatten(0, 1)], boxes[:, mine], ids, labels, positions)
 
 
 def micro(batch: Batch, parts: int) -> list[Batch]:

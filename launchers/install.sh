@@ -33,4 +33,4 @@ if ! ls "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/deepspeed_shm_comm.so >/dev/n
     tail -n 5 "$_root/.venv/compile.log" >&2; echo "g++ could not compile it; the whole log is in .venv/compile.log" >&2; exit 2
   fi
 fi
-export MOE_CL_INSTALL_SECONDS=$((SECONDS - _start))
+export MOE_CL_INSTALL_SECONDS=$((${MOE_CL_INSTALL_SECONDS:-0} + SECONDS - _start))

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Pretrain on the hosts of a hostfile ("HOST slots=N" a line), started through pdsh, Open MPI, or without ssh.
+#
+#   bash launchers/multinode.sh HOSTFILE --recipe NAME [--out DIR] [--resume] [key=value ...]
+#   LAUNCHER=openmpi bash launchers/multinode.sh ...        # pdsh (default), openmpi, slurm, mpich ...: DeepSpeed's names
+#   NODE_RANK=0 MASTER_ADDR=HOST bash launchers/multinode.sh ...   # no ssh: the same command on every host, its number each
+#
+# Every host needs this checkout and .venv at the same path, and the data and the out dir under the same names.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+hostfile="${1:-}"
+[ -n "$hostfile" ] && [ -f "$hostfile" ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+shift
+. launchers/install.sh
+. launchers/timeouts.sh
+ranks="$(awk '!/^ *(#|$)/ { split($2, slots, "="); total += slots[2] } END { print total + 0 }' "$hostfile")"
+[ "$ranks" -gt 0 ] || { echo "multinode: $hostfile has no line like 'host1 slots=8'" >&2; exit 2; }
+python -m moe_cl pretrain --check "$ranks" "$@"
+first="$(awk '!/^ *(#|$)/ { print $1; exit }' "$hostfile")"
+options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}")
+if [ -n "${NODE_RANK:-}" ]; then
+  options+=(--no_ssh --node_rank "$NODE_RANK")
+else
+  options+=(--launcher "${LAUNCHER:-pdsh}")
+fi
+exec deepspeed "${options[@]}" --module moe_cl pretrain "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Pretrain through torchrun, on one machine or (with the same command on each) on several.
+#
+#   NPROC=8 bash launchers/torchrun.sh --recipe NAME [--out DIR] [--resume] [key=value ...]
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST NPROC=8 bash launchers/torchrun.sh ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -gt 0 ] || { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+. launchers/install.sh
+. launchers/timeouts.sh
+nproc="${NPROC:-1}" nodes="${NNODES:-1}"
+python -m moe_cl pretrain --check $((nproc * nodes)) "$@"
+exec torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$nproc" \
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m moe_cl pretrain "$@"

@@ -5,6 +5,7 @@ V views (i = 0, 1 are the teacher's), B images, K prototypes, T_v tokens of view
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def region_rows(xs: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.transpose(0, 1).flatten(1, 2) for x in xs], 1)
 
 
-def pair_weights(counts: Sequence[tuple[int, int]], teachers: int, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=64)  # the same every step; made anew it would wait for the device
+def pair_weights(counts: tuple[tuple[int, int], ...], teachers: int, device: torch.device) -> Tensor:
     """(S, 2): 1 / ((2V - 2) T_v) for the pairs of a token, 0 for its own view. counts: (V_r, T_r) a resolution."""
     tokens = torch.cat([torch.full((v * t,), t, dtype=torch.float64) for v, t in counts])
     first = torch.cumsum(torch.tensor([0] + [v for v, _ in counts]), 0)

@@ -115,7 +115,7 @@ class EsViT(Method):
         s = [x.unflatten(0, (-1, samples)) for x in student.regions]  # (V_r, B, T_r, P)
         t = teacher.regions[0].unflatten(0, (TEACHER_VIEWS, samples))
         pick = dist.match_regions(t, *s)
-        weights = dist.pair_weights([(x.shape[0], x.shape[2]) for x in s], TEACHER_VIEWS, t.device)
+        weights = dist.pair_weights(tuple((x.shape[0], x.shape[2]) for x in s), TEACHER_VIEWS, t.device)
         # one call of the head for all tokens, an image's together: (B, S, D) and (B, 2T, D) before the last layer
         z, w = self.student("heads", "region", dist.region_rows(s).flatten(0, 1), 1, False)
         with torch.no_grad():

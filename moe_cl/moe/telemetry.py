@@ -59,7 +59,7 @@ def _layer(parts: list[Routing], views: int, batch: int, match: Match | None) ->
         if first.experts > 1:
             best = p.topk(2, dim=-1).values
             out["margin"] = (best[:, 0] - best[:, 1]).sum() / tokens
-    if views >= 2 and batch:
+    if views >= 2 and len(first.indices) >= 2 * batch > 0:  # a query encoder sees one of the views
         one, two = first.indices[:batch], first.indices[batch : 2 * batch]
         out["agreement_cls"] = _in_common(one[:, 0], two[:, 0]).mean()
         if match is not None:

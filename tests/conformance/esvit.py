@@ -92,7 +92,7 @@ class Regions:
         """View and region loss."""
         view = _view(self.s_cls, self.t_cls, centre, self.batch, temperature)
         s, t = self.cut(self.s_reg), self.cut(self.t_reg)
-        weights = dist.pair_weights([(x.shape[0], x.shape[2]) for x in s], 2, view.device)
+        weights = dist.pair_weights(tuple((x.shape[0], x.shape[2]) for x in s), 2, view.device)
         rows = dist.region_rows(s), dist.region_rows(t)
         return view, dist.region_loss(*rows, self.pick, weights, centre_region[0], TAU_S, temperature)
 

@@ -58,7 +58,7 @@ def region(case, meta, tau, dtype=torch.float32):
     features, t_fea = resolutions(case, "s_fea", meta), resolutions(case, "t_fea", (*meta[:3], 0))[0]
     s = [x.requires_grad_() for x in s]
     pick = dist.match_regions(t_fea, *features)
-    weights = dist.pair_weights([(x.shape[0], x.shape[2]) for x in s], 2, t.device)
+    weights = dist.pair_weights(tuple((x.shape[0], x.shape[2]) for x in s), 2, t.device)
     centre = tensor(DDINO, f"{case}__center_grid_before", dtype)[0]
     rows = dist.region_rows(s), dist.region_rows([t])
     return dist.region_loss(*rows, pick, weights, centre, 0.1, tau), pick, s
@@ -95,7 +95,7 @@ def test_fused_last_layer_is_the_plain_one(chunk, monkeypatch):
     """Loss and gradients of rows and weight as from whole logits and autograd, for any chunk."""
     monkeypatch.setattr(dist, "_CHUNK", chunk)
     g = torch.Generator().manual_seed(0)
-    batch, counts, tokens, wide, out = 3, [(2, 9), (3, 4)], 9, 5, 17
+    batch, counts, tokens, wide, out = 3, ((2, 9), (3, 4)), 9, 5, 17
     size = sum(v * t for v, t in counts)
     z, zt = (torch.randn(batch, n, wide, generator=g, dtype=torch.float64) for n in (size, 2 * tokens))
     w, wt = torch.randn(2, out, wide, generator=g, dtype=torch.float64).unbind()

@@ -22,6 +22,7 @@ VERBS = {
     "checkpoint": ("moe_cl.engine.checkpoint.cli", "list, verify, convert and compare checkpoints"),
     "track": ("moe_cl.tracking.cli", "send a run's journal to MLflow"),
     "report": ("moe_cl.reports.cli", "write the HTML report of one run, or compare several"),
+    "doctor": ("moe_cl.planning.doctor", "check this machine, or the hosts of a hostfile, before a job"),
     "recipes": ("moe_cl.recipes.cli", "list recipes, or print one resolved"),
 }
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")

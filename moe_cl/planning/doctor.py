@@ -1,0 +1,243 @@
+"""``python -m moe_cl doctor [--hostfile F]``: what would go wrong, found before the job; one line each with what to do.
+
+Every host is asked over ssh for the facts of ``host.py`` about itself, all at once; facts that must be equal are
+compared; then one rank a host measures the links between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_cl import config
+from moe_cl.config import ConfigError
+from moe_cl.planning import host
+
+CLOCK_SKEW, FREE_GIB, ASK_SECONDS = 2.0, 5.0, 90
+PASSED_ON = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
+
+
+@dataclass
+class Answer:
+    """What a host said. ``skew``: its clock minus this one's, seconds."""
+
+    name: str
+    facts: dict[str, Any] | None = None
+    skew: float = 0.0
+    error: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``doctor``."""
+    parser.add_argument("--hostfile", help="hosts to ask over ssh (HOST slots=N a line); without it, this machine")
+    parser.add_argument("--recipe", help="also check this run's data, out dir, settings and MLflow server")
+    parser.add_argument("--out", help="the run's out dir")
+    parser.add_argument("--data", help="the run's training shards")
+    parser.add_argument("--port", type=int, default=29500, help="where the job's first rank listens (default: 29500)")
+    parser.add_argument("--json", action="store_true", help="this host's facts as JSON, or with --hostfile all answers")
+    parser.add_argument("--no-links", action="store_true", help="leave the bandwidth test out")
+
+
+def read_hostfile(path: str) -> list[str]:
+    """Host names in order. Raises ConfigError."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"hostfile {path}: {error.strerror}") from None
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit():
+            raise ConfigError(f"hostfile {path}, line {number}: write it as 'HOST slots=N', found {line.strip()!r}")
+        hosts.append(words[0])
+    if not hosts:
+        raise ConfigError(f"hostfile {path} names no host; write lines like 'node1 slots=8'")
+    return hosts
+
+
+def remote(name: str, *arguments: str, **environment: str) -> list[str]:
+    """The ssh command that runs ``python -m ARGUMENTS`` in this checkout on host ``name``."""
+    passed = {k: os.environ[k] for k in PASSED_ON if k in os.environ} | environment
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    words = ["env", f"PATH={path}", *(f"{k}={v}" for k, v in passed.items()), sys.executable, "-m", *arguments]
+    return [
+        "ssh",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        "ConnectTimeout=10",
+        name,
+        f"cd {shlex.quote(str(host.ROOT))} && {shlex.join(words)}",
+    ]
+
+
+def ask(name: str, arguments: list[str]) -> Answer:
+    """One host's facts over ssh."""
+    command = remote(name, "moe_cl", "doctor", "--json", *arguments)
+    before = time.time()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Answer(name, error=f"no answer within {ASK_SECONDS} s: is it up, and does `ssh {name} true` work?")
+    after = time.time()
+    if done.returncode == 255:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return Answer(name, error=f"ssh cannot reach it ({reason}): check the name, the network and the key")
+    try:
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return Answer(
+            name, error=f"this checkout does not run there ({reason}): it must lie at {host.ROOT}, with .venv"
+        )
+    # The clock was read at the end of the call, at most a network trip before ``after``.
+    skew = facts["time"] - after if facts["time"] > after else min(0.0, facts["time"] - before)
+    return Answer(name, facts, skew)
+
+
+def problems(answers: list[Answer]) -> list[str]:
+    """One line for each thing that would break or spoil the job."""
+    out = [f"{a.name}: {a.error}" for a in answers if a.error]
+    good = [a for a in answers if a.facts]
+    for a in good:
+        out += [f"{a.name}: {line}" for line in _own(a.facts, a is good[0])]
+        if abs(a.skew) > CLOCK_SKEW:
+            out.append(f"{a.name}: its clock is {a.skew:+.0f} s off; start a time service (chrony) on it")
+    for what, advice in (
+        ("python", "install the same one"),
+        ("collectives", "install the same driver and PyTorch"),
+        ("kind", "use hosts with the same accelerators, or set DS_ACCELERATOR=cpu on all"),
+        ("config", "use the same checkout, recipe and settings on all"),
+    ):
+        out += _different(good, what, lambda f, what=what: f.get(what), advice)
+    for package in host.pins():
+        advice = "run launchers/install.sh there"
+        out += _different(good, package, lambda f, package=package: f["packages"].get(package), advice)
+    out += _different(good, "data", lambda f: f.get("data", {}).get("digest"), "bring the same shards to all hosts")
+    return out
+
+
+def _own(facts: dict[str, Any], first: bool) -> list[str]:
+    out = []
+    wrong = [f"{n} {v} (pinned {host.pins()[n]})" for n, v in facts["packages"].items() if v != host.pins().get(n, v)]
+    if wrong:
+        out.append(f"{', '.join(wrong[:3])}: run launchers/install.sh")
+    if facts["compiler"] == "missing" or not facts["ninja"]:
+        out.append("no g++ or ninja, with which DeepSpeed compiles its parts: install g++, run launchers/install.sh")
+    for key in ("disk", "data", "tracking"):
+        if "error" in facts.get(key, {}):
+            out.append(f"{key}: {facts[key]['error']}")
+    if facts["disk"].get("free_gib", FREE_GIB) < FREE_GIB:
+        out.append(f"only {facts['disk']['free_gib']:.1f} GiB free for the out dir: make room or choose another --out")
+    if first and not facts["port_free"]:
+        out.append("the port is in use: choose another with --port, and give it to the launcher as MASTER_PORT")
+    return out
+
+
+def _different(answers: list[Answer], what: str, value: Any, advice: str) -> list[str]:
+    values = {a.name: value(a.facts) for a in answers}
+    if len(set(values.values())) < 2:
+        return []
+    return [f"{what} differs: {', '.join(f'{name} {v}' for name, v in values.items())}; {advice}"]
+
+
+def links(names: list[str], port: int) -> dict[str, Any]:
+    """One rank a host; the figures of ``links.measure``, or ``error``."""
+    address = names[0].rsplit("@", 1)[-1]
+    world = {"WORLD_SIZE": str(len(names)), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            remote(name, "moe_cl.planning.links", **world, RANK=str(rank), LOCAL_WORLD_SIZE="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, name in enumerate(names)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=ASK_SECONDS) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        return {"error": f"the hosts do not reach each other on port {port}: open it, or set GLOO_SOCKET_IFNAME"}
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for name, rank, (_, err) in zip(names, ranks, outputs, strict=True):
+        if rank.returncode:
+            return {"error": f"{name}: {(err.strip().splitlines() or ['no word'])[-1]}"}
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Ask, compare, print. 0 = all well, 1 = something to mend."""
+    cfg = planned(args)
+    names = read_hostfile(args.hostfile) if args.hostfile else []
+    if not names:
+        facts = host.facts(cfg, args.port)
+        if args.json:
+            print(json.dumps(facts))
+            return 0
+        answers = [Answer(facts["host"], facts)]
+    else:
+        passed = [w for k in ("recipe", "out", "data") if getattr(args, k) for w in (f"--{k}", getattr(args, k))]
+        with ThreadPoolExecutor(len(names)) as pool:
+            rest = [*passed, "--port", str(args.port), *args.overrides]
+            answers = list(pool.map(lambda name: ask(name, rest), names))
+    found = problems(answers)
+    speed: dict[str, Any] = {}
+    if len(names) > 1 and not args.no_links and not any(a.error for a in answers):
+        speed = links(names, args.port)
+        found += [f"links: {speed['error']}"] if "error" in speed else []
+    if args.json:
+        print(json.dumps({"hosts": [vars(a) for a in answers], "links": speed, "problems": found}))
+    else:
+        show(answers, speed, found)
+    return 1 if found else 0
+
+
+def planned(args: argparse.Namespace) -> config.RunConfig | None:
+    """The config of the run that is planned, if a recipe was named."""
+    if not args.recipe:
+        return None
+    from moe_cl import methods
+
+    given = (("out", args.out), ("data.train", args.data))
+    return config.load(args.recipe, [*args.overrides, *(f"{k}={v}" for k, v in given if v)], methods.params_of)
+
+
+def show(answers: list[Answer], speed: dict[str, Any], found: list[str]) -> None:
+    """The table, the links and the list of problems."""
+    from moe_cl.tracking.progress import table
+
+    rows = []
+    for a in answers:
+        if a.facts is None:
+            rows.append([a.name, "no answer", *[""] * 7])
+            continue
+        f = a.facts
+        devices = f["devices"] or [f"{f['cores']} cores, {f['memory_gib']:.0f} GiB"]
+        addresses = ", ".join(f"{k} {v}" for k, v in f["interfaces"].items())
+        disk = f["disk"].get("error") or f"{f['disk']['free_gib']:.0f} GiB free, {f['disk']['write_mb_s']:.0f} MB/s"
+        data = f.get("data", {})
+        rows.append([
+            a.name, f"{f['python']}, torch {f['packages']['torch']}, deepspeed {f['packages']['deepspeed']}",
+            f"{len(f['devices']) or ''} {devices[0]}".strip(), f["collectives"], addresses or "none", disk,
+            data.get("error") or (f"{data['samples']:,} samples" if data else "not asked"),
+            f["tracking"].get("error") or f["tracking"]["state"], f"{a.skew:+.1f} s",
+        ])  # fmt: skip
+    table(["host", "software", "devices", "collectives", "network", "out dir", "data", "MLflow", "clock"], rows)
+    if speed and "error" not in speed:
+        print(f"links: {speed['latency_ms']:.2f} ms, all-reduce {speed['all_reduce_mb_s']:.0f} MB/s, "
+              f"all-to-all {speed['all_to_all_mb_s']:.0f} MB/s a rank")  # fmt: skip
+    for line in found:
+        print(f"PROBLEM  {line}")
+    if not found:
+        print("all well")

@@ -1,0 +1,154 @@
+"""What one host has to say about itself before a job: ``python -m moe_cl doctor`` asks every host for this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moe_cl import config
+from moe_cl.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITE_BYTES = 64 << 20
+
+
+def pins() -> dict[str, str]:
+    """Package -> version of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text().split()
+    return dict(line.split("==", 1) for line in lines if "==" in line)
+
+
+def packages() -> dict[str, str]:
+    """Installed version of every pinned package; ``missing`` where there is none."""
+    found = {}
+    for name in pins():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def compiler() -> str:
+    """First line of ``g++ --version``, or ``missing``."""
+    path = shutil.which(os.environ.get("CXX", "g++"))
+    if path is None:
+        return "missing"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    return done.stdout.split("\n", 1)[0]
+
+
+def accelerators() -> dict[str, Any]:
+    """Kind, names and memory (GiB) of the devices torch sees, and the collective library between them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"kind": "cpu", "devices": [], "collectives": "gloo"}
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = [f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices]
+    return {"kind": "cuda", "devices": names, "collectives": f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"}
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 address of each interface that is up, the loopback left out."""
+    stats = psutil.net_if_stats()
+    return {
+        name: address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and name != "lo" and name in stats and stats[name].isup
+    }
+
+
+def disk(out: Path) -> dict[str, Any]:
+    """Free GiB and synced write speed (MB/s) where ``out`` is, or will be."""
+    folder = out
+    while not folder.exists():
+        folder = folder.parent
+    path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
+    try:
+        begin = time.perf_counter()
+        with open(path, "wb") as file:
+            file.write(os.urandom(1 << 20) * (WRITE_BYTES >> 20))
+            file.flush()
+            os.fsync(file.fileno())
+        speed = WRITE_BYTES / (time.perf_counter() - begin) / 1e6
+    except OSError as error:
+        return {"error": f"{folder}: {error.strerror}"}
+    finally:
+        path.unlink(missing_ok=True)
+    return {"free_gib": shutil.disk_usage(folder).free / 2**30, "write_mb_s": speed}
+
+
+def data_set(pattern: str) -> dict[str, Any]:
+    """Samples and a digest of what ``pattern`` names here (shards, sizes, hashes), or why it names nothing."""
+    from moe_cl.data.index import resolve
+
+    try:
+        dataset = resolve(pattern)
+    except (ConfigError, OSError) as error:
+        return {"error": str(error)}
+    text = json.dumps([[Path(s.url).name, s.samples, s.bytes, s.sha256] for s in dataset.shards])
+    return {"samples": len(dataset), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def server(uri: str | None) -> dict[str, Any]:
+    """Does the MLflow server answer? Nothing to ask without one (SQLite in the out dir)."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith("http"):
+        return {"state": "off" if uri == "none" else "embedded"}
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
+            return {"state": "answers" if answer.status == 200 else f"answers {answer.status}"}
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return {"error": f"no answer: {getattr(error, 'reason', error)}"}
+
+
+def port_free(port: int) -> bool:
+    """Can a job's first rank listen on ``port`` here?"""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def facts(cfg: config.RunConfig | None, port: int) -> dict[str, Any]:
+    """Everything above; ``cfg`` (a run that is planned) adds its data, its out dir, its settings and its server."""
+    out = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": packages(),
+        "compiler": compiler(),
+        "ninja": shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        **accelerators(),
+        "interfaces": interfaces(),
+        "port_free": port_free(port),
+        "disk": disk(Path(cfg.out) if cfg else Path.cwd()),
+        "tracking": server(cfg.track.uri if cfg else None),
+    }
+    if cfg is not None:
+        tree = json.dumps(config.to_tree(cfg), sort_keys=True)
+        out["config"] = hashlib.sha256(tree.encode()).hexdigest()[:16]
+        if cfg.data.train:
+            out["data"] = data_set(cfg.data.train)
+    out["time"] = time.time()
+    return out

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from moe_cl.config import ConfigError
-from moe_cl.data.header import EXTENSIONS, BadImage, Header, probe, reason
+from moe_cl.data.header import EXTENSIONS, FORMATS, BadImage, Header, probe, reason
 from moe_cl.data.index import UNSAFE_MEMBER, ZERO_LENGTH, BrokenTar, index_url, load_index, open_file, scan
 from moe_cl.data.scan import is_unsafe, label_of, split_member, walk
 
@@ -200,7 +200,7 @@ def _decode_error(data: bytes, header: Header) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.open(io.BytesIO(data)).load()
+            Image.open(io.BytesIO(data), formats=FORMATS).load()
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         return reason(error)
     return ""

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.console import byte_text, note, table
 from moe_cl.config import ConfigError
+from moe_cl.data.header import FORMATS
 from moe_cl.data.index import Dataset, open_file, resolve, write_atomic
 
 TILE, CAPTION = 112, 14  # pixels of a picture on the sheet, and of the line below it
@@ -119,7 +120,7 @@ def _tile(url: str, offset: int, size: int) -> Image.Image:
     try:
         with open_file(url) as f:
             f.seek(offset)
-            image = Image.open(io.BytesIO(f.read(size)))
+            image = Image.open(io.BytesIO(f.read(size)), formats=FORMATS)
             image.draft("RGB", (side, side))
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

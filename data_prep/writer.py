@@ -69,18 +69,21 @@ class ShardFile:
             members["cls"] = str(row["label"]).encode()
             meta["label"] = row["label"]
         members["json"] = json.dumps(meta, sort_keys=True, separators=(",", ":")).encode()
-        parts = [part for e, data in members.items() for part in member(f"{key}.{e}", data)]
+        head, data, *rest = (part for e, data in members.items() for part in member(f"{key}.{e}", data))
         self._rows.append(
             {c: row[c] for c in ("name", "label", "width", "height")}
             | {"key": key, "ext": ext, "offset": self._at + BLOCK, "size": len(image)}
         )
-        self._write(b"".join(parts))
+        self._write(head, data, b"".join(rest))
 
-    def _write(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._at += len(data)
-        view = memoryview(data)
-        while view:  # an unbuffered write may take less than all of it
+    def _write(self, *parts: bytes) -> None:
+        for part in parts:
+            self._hash.update(part)
+        size = sum(map(len, parts))
+        self._at += size
+        done = os.writev(self._file.fileno(), parts)
+        view = memoryview(b"".join(parts))[done:] if done < size else b""
+        while view:  # the kernel may take less than all of it
             view = view[self._file.write(view) :]
 
     def close(self, skipped: list[tuple[str, str]]) -> ShardIndex:
@@ -88,7 +91,7 @@ class ShardFile:
         self._write(b"\0" * (2 * BLOCK + -(self._at + 2 * BLOCK) % tarfile.RECORDSIZE))
         self._file.close()
         index = ShardIndex.from_rows(self._rows, bytes=self._at, sha256=self._hash.hexdigest(), skipped=skipped)
-        save(index, self.path)
+        save(index, self.path, durable=False)  # waiting here would write the tar to disk too; a resume checks its size
         os.replace(self._part, self.path)
         return index
 

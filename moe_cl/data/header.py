@@ -12,11 +12,13 @@ import re
 import struct
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # never EPS: Pillow starts Ghostscript for it
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats whose bytes a shard keeps, and the member's extension
 
 
@@ -71,4 +73,4 @@ def _reader(magic: bytes):
         return PngImagePlugin.PngImageFile
     if magic.startswith(b"RIFF") and magic[8:12] == b"WEBP":
         return WebPImagePlugin.WebPImageFile
-    return Image.open
+    return partial(Image.open, formats=FORMATS)

@@ -37,3 +37,10 @@ def test_a_bomb_is_measured_not_refused():
 def test_no_image(data):
     with pytest.raises(BadImage):
         probe(data)
+
+
+def test_postscript_is_no_image():
+    """Pillow would start Ghostscript to read its pixels."""
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(BadImage):
+        probe(data)

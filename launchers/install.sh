@@ -8,7 +8,7 @@ for _candidate in python3.11 python3.12 python3.13 python3; do
   command -v "$_candidate" >/dev/null 2>&1 && "$_candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && _python="$_candidate"
 done
 [ -n "$_python" ] || { echo "no Python 3.11 or newer found: install it, or name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
-command -v g++ >/dev/null 2>&1 || { echo "no g++ found: DeepSpeed compiles its communication op with it; install it (apt-get install g++)" >&2; exit 2; }
+command -v g++ >/dev/null 2>&1 || { echo "no g++ found: DeepSpeed and torch.compile build their parts with it; install it (apt-get install g++)" >&2; exit 2; }
 _start=$SECONDS
 [ -x "$_root/.venv/bin/python" ] || "$_python" -m venv "$_root/.venv" || exit 2
 export PATH="$_root/.venv/bin:$PATH" VIRTUAL_ENV="$_root/.venv"
@@ -22,15 +22,5 @@ if [ ! -f "$_stamp" ]; then
     tail -n 5 "$_log" >&2; echo "pip could not install the packages; the whole log is in .venv/install.log" >&2; exit 2
   fi
   touch "$_stamp"
-fi
-# DeepSpeed compiles its CPU communication op at the first start; here, once, so that no run waits for it.
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$(python -c "import sys; print(sys.prefix)")/torch_extensions}"
-if ! ls "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/deepspeed_shm_comm.so >/dev/null 2>&1; then
-  echo "Compiling DeepSpeed's CPU communication op (once) ..."
-  rm -f "$TORCH_EXTENSIONS_DIR"/deepspeed_shm_comm/lock # of a build that was killed
-  if ! DS_ACCELERATOR=cpu python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as b; b().load(verbose=False)" \
-    >"$_root/.venv/compile.log" 2>&1; then
-    tail -n 5 "$_root/.venv/compile.log" >&2; echo "g++ could not compile it; the whole log is in .venv/compile.log" >&2; exit 2
-  fi
 fi
 export MOE_CL_INSTALL_SECONDS=$((${MOE_CL_INSTALL_SECONDS:-0} + SECONDS - _start))

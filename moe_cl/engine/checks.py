@@ -169,6 +169,6 @@ def check(cfg: RunConfig, world: int) -> BatchIdentity:
         )
     if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ConfigError(
-            "no g++ found: DeepSpeed compiles its communication op with it; install it (apt-get install g++)"
+            "no g++ found: DeepSpeed and torch.compile build their parts with it; install it (apt-get install g++)"
         )
     return batch

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from moe_cl.reports.run import Run, Series
 from moe_cl.reports.style import SERIES, Picture, figure, picture, thin
@@ -46,8 +47,8 @@ CHARTS = (
         "similarity", "Similarity of pairs", "cosine", _is("health/positive", "health/negative"),
         "Positive pairs should part from negative ones.", group="Health",
     ),
-    Chart("spread", "Spread of the features", "standard deviation", _is("health/feature_std"), zero=True,
-          caption="Of normalised features; 1/sqrt(width) is uniform, 0 is collapse.", group="Health"),
+    Chart("spread", "Spread of the features", "1 = even", _is("health/feature_std"), zero=True,
+          caption="Standard deviation of normalised features x sqrt(width): about 1 is spread, 0 is collapse.", group="Health"),
     Chart("rank", "Effective rank", "dimensions", _is("health/effective_rank"), zero=True, group="Health"),
     Chart("entropy", "Teacher entropy and divergence", "nats", _is("health/teacher_entropy", "health/kl"),
           group="Health"),
@@ -123,8 +124,9 @@ def finish(axes: object, chart: Chart, values: Sequence[np.ndarray]) -> None:
         axes.set_ylim(0, max(1e-9, every.max()) * 1.08)
     elif np.ptp(every) == 0:
         axes.set_ylim(every[0] - 0.5 * max(abs(every[0]), 1e-6), every[0] + 0.5 * max(abs(every[0]), 1e-6))
-    if chart.name in ("lr", "decay"):
-        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-2, 6), useOffset=False)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
 
 def running_mean(y: np.ndarray, share: float = 0.03) -> np.ndarray:

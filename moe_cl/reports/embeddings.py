@@ -64,7 +64,7 @@ def nearest(features: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray
     return np.argsort(-similarity, axis=1)[:, :count]
 
 
-def neighbours(arrays: Arrays, rows: int = 8, count: int = 6) -> Picture:
+def neighbours(arrays: Arrays, rows: int = 10, count: int = 6) -> Picture:
     """A query a row, its nearest neighbours beside it, framed by whether they are of its class."""
     labels, images = arrays["labels"], arrays["thumbnails"]
     classes = np.unique(labels)

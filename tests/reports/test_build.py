@@ -50,9 +50,10 @@ def test_hover_data_is_what_the_journal_says(out, text):
 
 
 def test_text_of_a_run_cannot_become_markup(tmp_path):
-    out = make_run(tmp_path / "<b>x", steps=12)
-    journal = Journal(out / "journal.jsonl", resume_step=12)
-    journal.event("</script><script>alert(1)</script>", step=12, text="<img src=x>")
+    out = tmp_path / "<b>x"
+    journal = Journal(out / "journal.jsonl")
+    journal.step(1, {"loss": 1.0}, "x")
+    journal.event("</script><script>alert(1)</script>", step=1, text="<img src=x>")
     journal.close()
     text = build.write(out).read_text()
     assert "<script>alert" not in text and "<img src=x>" not in text and "<b>x" not in text
@@ -88,10 +89,12 @@ def test_labels_tell_runs_apart(tmp_path):
     assert compare.labels([tmp_path / "a" / "x", tmp_path / "b" / "y"]) == ["x", "y"]
 
 
-def test_command_line(out, capsys):
+def test_command_line(tmp_path, capsys):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.step(1, {"loss": 1.0}, "x")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert main(parser.parse_args([str(out), "--no-track"])) == 0
+    assert main(parser.parse_args([str(tmp_path), "--no-track"])) == 0
     captured = capsys.readouterr()
     assert "report.html" in captured.out and "figures of the encoder are left out" in captured.err
 

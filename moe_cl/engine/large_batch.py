@@ -71,13 +71,13 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
     agreed = _agree(parts, outputs, batches, number)
     with span("backward"), _one_reduction(engine) as before:
         before(last=False)
-        engine.backward(loss, scale_wrt_gas=False)
+        _backward(engine, loss)
         # What arrives at the leaves carries the loss scale; each backward below puts it on anew.
         scale = loss_scale(engine)
         cached = [None if x.grad is None else x.grad / scale for x in leaves]
         for i, batch in enumerate(batches):
             before(last=i == len(batches) - 1)
-            engine.backward(engine(_replay(parts, batch, batches, i, cached, with_regions)), scale_wrt_gas=False)
+            _backward(engine, engine(_replay(parts, batch, batches, i, cached, with_regions)))
     finish(parts, outputs, momentum, agreed)
     return agreed
 
@@ -101,6 +101,12 @@ def _replay(
         return total
 
     return body
+
+
+def _backward(engine: Any, loss: Tensor) -> None:
+    # A tensor of its own: on the engine's very output DeepSpeed's stage 0 divides by the accumulation steps anyway
+    # (its hook on the output fires before the one that says the loss is scaled already).
+    engine.backward(loss * 1.0, scale_wrt_gas=False)
 
 
 @contextlib.contextmanager

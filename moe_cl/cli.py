@@ -1,6 +1,6 @@
 """The one command: ``python -m moe_cl VERB``. Verbs load what they need when they run, so ``--help`` is fast.
 
-Exit codes: 0 done, 1 a check found errors, 2 a setting to mend (one line on stderr says which).
+Exit codes: 0 done, 1 a check found errors or a run cannot go on, 2 a setting to mend (one line on stderr says which).
 """
 
 from __future__ import annotations
@@ -115,5 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ not in ("RankLost", "NonFiniteLoss"):  # by name: their modules load torch
+            raise
+        print(f"moe_cl: {error}" + "".join(f" ({note})" for note in getattr(error, "__notes__", ())), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130

@@ -48,10 +48,12 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         built = setup.build(cfg, comm)
         parts, method = built.parts, built.parts.method
         tree = config.to_tree(cfg)
-        checkpoints = Checkpointer(
-            out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method, config=tree
-        )
-        stack.callback(checkpoints.close)
+        checkpoints = stack.enter_context(
+            Checkpointer(
+                out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method, config=tree,
+                patience=cfg.engine.collective_timeout,
+            )
+        )  # fmt: skip
         guard.watch(comm, parts.engine, parts.student)
         parts.stop = guard.requested
         state = (checkpoints.load() if cfg.resume else None) or begin_from(cfg, checkpoints, me.rank)

@@ -20,6 +20,10 @@ BUDGET_MINUTES = {"install": 4, "unit": 7, "processes": 6, "kills": 3, "cluster"
 _seconds: dict[str, float] = defaultdict(float)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=5, help="random kill -9 in tests/kills")
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Up to four gloo ranks, shared by every multi-process test."""

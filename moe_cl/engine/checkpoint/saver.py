@@ -73,7 +73,7 @@ class Checkpointer:
         self.view = FlatView(student, engine.optimizer, comm)
         self._hosts, self._thread, self._events = snapshot.HostCopies(), None, []
         self._token = comm.gather_objects(secrets.token_hex(4))[0]
-        self.stall_seconds = 0.0
+        self.stall_seconds, self._abandoned = 0.0, threading.Event()
         if comm.rank == 0:
             store.remove_leftovers(self.out)
 
@@ -112,6 +112,15 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finish what is being written."""
+        self.wait()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """As ``close``; when the run fails, other ranks' files are not waited for (they may never come)."""
+        if kind is not None:
+            self._abandoned.set()
         self.wait()
 
     def drain_events(self) -> list[dict[str, Any]]:
@@ -159,7 +168,7 @@ class Checkpointer:
                 )
 
     def _commit(self, job: _Job) -> int:
-        reports = _collect(job.stage, self.comm.world, self.patience)
+        reports = _collect(job.stage, self.comm.world, self.patience, self._abandoned)
         manifest = Manifest(job.step, self.comm.world, metrics=job.metrics, created=time.time())
         manifest.layout = {"zero": self.view.zero, "ranks": self.comm.world}
         steps: dict[str, float] = {}
@@ -268,7 +277,7 @@ def _leave(path: Path, report: dict[str, Any]) -> None:
     hidden.rename(path)
 
 
-def _collect(stage: Path, world: int, patience: float) -> list[dict[str, Any]]:
+def _collect(stage: Path, world: int, patience: float, abandoned: threading.Event) -> list[dict[str, Any]]:
     """Every rank's report, in rank order. Raises _Failed with a rank's reason, or after ``patience`` seconds."""
     reports: dict[int, dict[str, Any]] = {}
     end = time.monotonic() + patience
@@ -286,5 +295,6 @@ def _collect(stage: Path, world: int, patience: float) -> list[dict[str, Any]]:
                     f"rank {silent[0]} wrote nothing into {stage.parent} within {patience:.0f} s; "
                     "is the out dir shared by all hosts?"
                 )
-            time.sleep(0.01)
+            if abandoned.wait(0.01):
+                raise _Failed("the run ended before all ranks had written")
     return [reports[rank] for rank in range(world)]

@@ -1,0 +1,226 @@
+"""Checkpoints that are damaged, foreign, of another model, or cannot be written: never half loaded, never unpickled."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from moe_cl.comm import LocalComm
+from moe_cl.config import CheckpointConfig, ConfigError, OptimConfig
+from moe_cl.engine import optim
+from moe_cl.engine.checkpoint import Checkpointer, foreign, latest_complete, store
+from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
+
+
+class Model(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.backbone, self.heads = nn.Linear(3, width), nn.ModuleDict({"view": nn.Linear(width, 2)})
+
+    def forward(self, x):
+        return self.heads["view"](self.backbone(x))
+
+
+def run(out, width=4, seed=0, **cfg):
+    """A model with an optimizer that has stepped once, and its checkpointer; no DeepSpeed."""
+    torch.manual_seed(seed)
+    model, settings = Model(width), OptimConfig()
+    adamw = optim.build(optim.param_groups(model, settings), settings, 0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    adamw.step()
+    engine = types.SimpleNamespace(optimizer=adamw, global_steps=1, gradient_accumulation_steps=lambda: 1)
+    return model, Checkpointer(out, CheckpointConfig(**cfg), LocalComm(), engine, model, patience=5)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run with checkpoints of steps 1 and 2; the model was moved in between."""
+    model, saver = run(tmp_path)
+    saver.save(1, {"cursor": 8}, wait=True)
+    with torch.no_grad():
+        model.backbone.weight.add_(1)
+    saver.save(2, {"cursor": 16}, wait=True)
+    return tmp_path, model
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def damage(kind, path):
+    shard = path / "student-00000.safetensors"
+    if kind == "flipped byte":
+        flip(shard)
+    elif kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    elif kind == "missing shard":
+        shard.unlink()
+    elif kind == "garbled manifest":
+        (path / MANIFEST).write_text("{")
+    elif kind == "flipped extra":
+        flip(path / "extra.json", 10)
+
+
+@pytest.mark.parametrize("kind", ["flipped byte", "truncated", "missing shard", "garbled manifest", "flipped extra"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, capsys, kind):
+    out, _ = saved
+    damage(kind, out / "checkpoints" / "step-00000002")
+    model, saver = run(out, seed=1)
+    assert saver.load() == {"cursor": 8}
+    line = capsys.readouterr().err
+    assert "step-00000002" in line and "trying the one before" in line and line.count("\n") == 1
+    with pytest.raises(ConfigError, match="no checkpoint can be read: step-00000002"):
+        saver.load(out / "checkpoints" / "step-00000002")
+    damage(kind, out / "checkpoints" / "step-00000001")
+    with pytest.raises(ConfigError, match="no checkpoint can be read"):
+        saver.load()
+
+
+def test_another_format_version_is_one_line(saved):
+    out, _ = saved
+    path = out / "checkpoints" / "step-00000002"
+    tree = json.loads((path / MANIFEST).read_text())
+    for version in (0, 99):
+        (path / MANIFEST).write_text(json.dumps({**tree, "version": version}))
+        with pytest.raises(ConfigError, match=f"version {version} cannot be read") as error:
+            run(out)[1].load()
+        assert "\n" not in str(error.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MOE_CL_BOMB"],)
+
+
+def test_a_malicious_pickle_is_never_run(saved, tmp_path, monkeypatch):
+    out, _ = saved
+    bomb = tmp_path / "exploded"
+    monkeypatch.setenv("MOE_CL_BOMB", str(bomb))
+    payload = pickle.dumps(Bomb())
+    for name in ("model.pth", "model.safetensors"):
+        (tmp_path / name).write_bytes(payload)
+        with pytest.raises(ConfigError):
+            foreign.read_file(tmp_path / name)
+    torch.save({"model": {"w": torch.ones(1)}, "x": Bomb()}, tmp_path / "zip.pth")
+    with pytest.raises(ConfigError, match="more than tensors"):
+        foreign.read_file(tmp_path / "zip.pth")
+    # In the place of a shard, its hash made to fit: the safetensors reader refuses it.
+    path = out / "checkpoints" / "step-00000002"
+    shard = path / "student-00000.safetensors"
+    shard.write_bytes(payload)
+    tree = json.loads((path / MANIFEST).read_text())
+    import hashlib
+
+    tree["files"][shard.name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(tree))
+    with pytest.raises(Damaged):
+        Reader(path).tree("student")
+    assert not bomb.exists()
+
+
+def test_a_manifest_cannot_point_outside(saved):
+    out, _ = saved
+    path = out / "checkpoints" / "step-00000002"
+    tree = json.loads((path / MANIFEST).read_text())
+    tree["files"]["../../secret"] = {"bytes": 0, "sha256": ""}
+    (path / MANIFEST).write_text(json.dumps(tree))
+    with pytest.raises(Damaged, match="outside"):
+        read_manifest(path)
+
+
+def test_another_model_is_named(saved):
+    out, _ = saved
+    with pytest.raises(ConfigError, match=r"backbone.* has shape \(4"):
+        run(out, width=5)[1].load()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_full_disk_the_run_goes_on_and_the_last_good_one_stays(saved, capsys, asynchronous):
+    out, _ = saved
+    model, saver = run(out, asynchronous=asynchronous)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # every write beyond 100 bytes of a file fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        saver.save(3, {})
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (event,) = saver.drain_events()
+    assert event["name"] == "checkpoint_failed" and event["step"] == 3
+    line = capsys.readouterr().err
+    assert "no checkpoint at step 3" in line and "step-00000002" in line and line.count("\n") == 1
+    assert latest_complete(out).name == "step-00000002" and not list((out / "checkpoints").glob(".staging*"))
+    saver.save(4, {"cursor": 1}, wait=True)  # room again
+    assert latest_complete(out).name == "step-00000004"
+
+
+def test_read_only_out_dir_the_run_goes_on(saved, capsys):
+    out, _ = saved
+    model, saver = run(out)
+    folder = out / "checkpoints"
+    hidden = out / "hidden"
+    folder.rename(hidden)
+    folder.write_text("no directory can be made here, whoever runs this")
+    saver.save(3, {}, wait=True)
+    assert saver.drain_events()[0]["name"] == "checkpoint_failed"
+    assert "no checkpoint at step 3" in capsys.readouterr().err
+    folder.unlink()
+    hidden.rename(folder)
+    assert saver.load() == {"cursor": 16}
+
+
+def test_half_written_directories_do_not_count_and_are_removed(saved):
+    out, _ = saved
+    stage = store.staging(out, "dead", 3)
+    shutil.copytree(out / "checkpoints" / "step-00000002", stage)
+    assert latest_complete(out).name == "step-00000002"
+    run(out)
+    assert not stage.exists()
+
+
+def test_a_silent_rank_gives_the_checkpoint_up(saved, capsys):
+    out, _ = saved
+    model, saver = run(out)
+    saver.patience = 0.1
+    saver.comm = types.SimpleNamespace(rank=0, world=2)
+    saver.save(3, {}, wait=True)
+    assert "rank 1 wrote nothing" in capsys.readouterr().err
+    assert latest_complete(out).name == "step-00000002"
+
+
+def test_retention(tmp_path):
+    model, saver = run(tmp_path, keep_last=2, keep_every=4, keep_best="knn")
+    for step, knn in enumerate([0.1, 0.9, 0.3, 0.2, 0.1, 0.5, 0.4, 0.1], 1):
+        saver.save(step, {"metrics": {"knn": knn}}, wait=True)
+    kept = sorted(store.step_of(p) for p in store.complete(tmp_path))
+    assert kept == [2, 4, 7, 8]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000008"
+    assert store.best_of(store.complete(tmp_path), "-knn").name == "step-00000008"
+
+
+def test_the_same_step_again_replaces(saved):
+    out, model = saved
+    other, saver = run(out, seed=5)
+    saver.save(2, {"cursor": 99}, wait=True)
+    assert run(out)[1].load() == {"cursor": 99}
+
+
+def test_torch_and_numpy_generators_come_back(tmp_path):
+    import random
+
+    import numpy as np
+
+    model, saver = run(tmp_path)
+    saver.save(1, {}, wait=True)
+    want = torch.rand(3), np.random.rand(3), random.random()
+    saver.load()
+    got = torch.rand(3), np.random.rand(3), random.random()
+    assert torch.equal(want[0], got[0]) and (want[1] == got[1]).all() and want[2] == got[2]

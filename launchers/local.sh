@@ -8,4 +8,4 @@ case "${1:-}" in '' | *[!0-9]*) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//' >&2; e
 ranks="$1"; shift
 . launchers/install.sh
 python -m moe_cl pretrain --check "$ranks" "$@"
-exec deepspeed --num_accelerators "$ranks" --module moe_cl pretrain "$@"
+exec deepspeed --quiet --num_accelerators "$ranks" --module moe_cl pretrain "$@"

@@ -41,7 +41,7 @@ run=(--recipe "$recipe" --out "$out" "data.train=$shards/train" "eval.bank=$shar
 python -m moe_cl pretrain --check 2 "${run[@]}"
 
 say "Pretraining: CR-MoE, 2 ranks, experts spread over both"
-deepspeed --num_accelerators 2 --module moe_cl pretrain --resume "${run[@]}"
+deepspeed --quiet --num_accelerators 2 --module moe_cl pretrain --resume "${run[@]}"
 
 say "Evaluation"
 python -m moe_cl eval summary --checkpoint "$out"

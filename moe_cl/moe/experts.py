@@ -53,7 +53,9 @@ class Experts(nn.Module):
         parameters = (self.w1, self.b1, self.w2, self.b2)
         if grouped.available(x_RD, dtype):
             return grouped.forward(x_RD, weights_Rk, *parameters, plan, dtype, self.recompute)
-        return mlp.ExpertMLP.apply(x_RD, weights_Rk, *parameters, plan, dtype, self.recompute)
+        inputs = (x_RD, weights_Rk, *parameters)
+        train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        return mlp.ExpertMLP.apply(*inputs, ids_Rk, plan, dtype, train, self.recompute)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,41 +4,40 @@ Legend: R rows, k choices a row, M assignments in expert order, E experts, D wid
 
 For expert e and its rows r (Plan order):  h = x_r W1_e' + b1_e,  a = gelu(h),  y = a W2_e' + b2_e,  out_r += p_re y.
 Backward with g = dL/dout_r:  da = g W2_e,  dp_re = <da, a> + <g, b2_e>,  and everything else from p_re g as in any MLP.
-Kept for it: x and h (the dense MLP keeps x, h and a); with ``recompute`` x alone.
+Kept for it: x, h and a, as the dense MLP keeps them; with ``recompute`` x alone. Neither the k copies of x nor y are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_cl.moe.dispatch import Plan, gather_sum
 
-CHUNK = 1024  # rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
+CHUNK = 512  # most rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
 aten = torch.ops.aten
 
 
 def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
-    """(expert, first piece of it) and the rows of each piece, over assignments in expert order."""
+    """(expert, first piece of it) and rows of each piece, over assignments in expert order; pieces of like size."""
     owners, sizes = [], []
     for e, count in enumerate(counts):
-        for low in range(0, count, CHUNK):
-            owners.append((e, low == 0))
-            sizes.append(min(CHUNK, count - low))
+        number = -(-count // CHUNK)
+        for i in range(number):
+            owners.append((e, i == 0))
+            sizes.append(count * (i + 1) // number - count * i // number)
     return owners, sizes
 
 
-def _per_expert(dtype: torch.dtype, *parameters: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each expert's parameters in ``dtype``, cast one expert at a time so that the copy is used while in cache."""
-    for tensors in zip(*(p.unbind(0) for p in parameters), strict=True):
-        yield tuple(t.to(dtype) for t in tensors)
-
-
 class ExpertMLP(torch.autograd.Function):
-    """out (R, D) from x (R, D), weights (R, k) and stacked parameters; all parameters get a gradient, 0 where idle."""
+    """out (R, D) from x (R, D), weights (R, k) and stacked parameters; all parameters get a gradient, 0 where idle.
+
+    ``ids`` (R, k): the local experts that ``plan`` was made of. ``train``: a backward will come. Matrix products run in
+    ``dtype``; the sum over a row's experts and the gradients of weights and parameters are in the parameters' type.
+    """
 
     @staticmethod
     def forward(
@@ -49,89 +48,90 @@ class ExpertMLP(torch.autograd.Function):
         b1: Tensor,
         w2: Tensor,
         b2: Tensor,
+        ids: Tensor,
         plan: Plan,
         dtype: torch.dtype,
+        train: bool,
         recompute: bool,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             owners, sizes = _pieces(plan.counts.tolist())
             d, hidden, m, most = x.shape[1], w1.shape[1], len(plan.token), max(sizes, default=0)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            train = any(ctx.needs_input_grad)
             keep = train and not recompute
             xc = x.to(dtype)
-            h_all = xc.new_empty(m if keep else 0, hidden)
-            h_of = h_all.split(sizes) if keep else None
             rows, scratch = xc.new_empty(most, d), xc.new_empty(most, hidden)
+            h_all, a_all = (xc.new_empty(m if keep else 0, hidden) for _ in range(2))
+            h_of, a_of = ([scratch[:n] for n in sizes],) * 2
+            if keep:  # otherwise one scratch serves as h and, in place, as a
+                h_of, a_of = h_all.split(sizes), a_all.split(sizes)
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
-            experts = _per_expert(dtype, w1, b1, w2, b2)
-            at = -1
-            pieces = zip(owners, sizes, plan.token.split(sizes), y[:m].split(sizes), strict=True)
-            for i, ((e, _), n, token, ye) in enumerate(pieces):
-                while at < e:
-                    (u1, c1, u2, c2), at = next(experts), at + 1
-                xe = torch.index_select(xc, 0, token, out=rows[:n])
-                h = torch.addmm(c1, xe, u1.t(), out=h_of[i] if keep else scratch[:n])
-                a = aten.gelu.out(h, out=scratch[:n])
+            stacks = [q.unbind(0) for q in (w1, b1, w2, b2)]
+            pieces = zip(owners, sizes, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
+            for (e, first), n, token, ye, h, a in pieces:
+                if first:  # cast one expert at a time, so that the copy is used while in cache
+                    u1, c1, u2, c2 = (s[e].to(dtype) for s in stacks)
+                torch.addmm(c1, torch.index_select(xc, 0, token, out=rows[:n]), u1.t(), out=h)
+                aten.gelu.out(h, out=a)
                 if dtype == wide:
                     torch.addmm(c2, a, u2.t(), out=ye)
                 else:
                     ye.copy_(torch.addmm(c2, a, u2.t(), out=rows[:n]))
             out = gather_sum(y, plan.inverse, weights)
         if train:
-            ctx.save_for_backward(xc, weights, w1, b1, w2, b2, h_all, plan.token, plan.choice, plan.inverse)
-            ctx.owners, ctx.sizes, ctx.dtype, ctx.x_dtype, ctx.keep = owners, sizes, dtype, x.dtype, keep
+            saved = (xc, weights, w1, b1, w2, b2, h_all, a_all, ids, plan.token, plan.choice, plan.inverse)
+            ctx.save_for_backward(*saved)
+            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes), dtype, x.dtype, keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, b1, w2, b2, h_all, token, choice, inverse = ctx.saved_tensors
-        dtype, sizes, keep = ctx.dtype, ctx.sizes, ctx.keep
+        x, weights, w1, b1, w2, b2, h_all, a_all, ids, token, choice, inverse = ctx.saved_tensors
+        dtype, keep, (owners, sizes) = ctx.dtype, ctx.keep, ctx.pieces
         with torch.autocast(x.device.type, enabled=False):
             d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(sizes, default=0)
             grad = grad.contiguous()
-            gx, gp = grad.new_empty(m + 1, d), grad.new_empty(m + 1)
+            gx, gp = grad.new_empty(m + 1, d), grad.new_empty(m + 1)  # last: choices whose expert is elsewhere
             gx[m], gp[m] = 0, 0
-            sums = [torch.empty_like(p) for p in (w1, b1, w2, b2)]
-            parts = [s.unbind(0) for s in sums]
-            for e in set(range(len(w1))) - {e for e, _ in ctx.owners}:
+            sums = [torch.empty_like(q) for q in (w1, b1, w2, b2)]
+            gw1, gb1, gw2, gb2 = parts = [s.unbind(0) for s in sums]
+            for e in set(range(len(w1))).difference(e for e, _ in owners):
                 for part in parts:
                     part[e].zero_()
-            p = weights.reshape(-1, 1).index_select(0, choice).to(dtype)
-            low = grad.to(dtype)
+            p, low = weights.reshape(-1, 1).index_select(0, choice).to(dtype), grad.to(dtype)
             xe, ge = x.new_empty(most, d), x.new_empty(most, d)
-            h_one, act, da = (x.new_empty(most, hidden) for _ in range(3))
-            experts = _per_expert(dtype, w1, b1, w2, b2)
-            at = -1
-            views = (v.split(sizes) for v in (token, p, gx[:m], gp[:m]))
-            pieces = zip(ctx.owners, sizes, *views, strict=True)
-            h_of = h_all.split(sizes) if keep else None
-            for i, ((e, first), n, rows, pe, gxe, gpe) in enumerate(pieces):
-                while at < e:
-                    (u1, c1, u2, c2), at = next(experts), at + 1
+            da, spare, h_one, a_one = (x.new_empty(0 if keep and i > 1 else most, hidden) for i in range(4))
+            stacks = [q.unbind(0) for q in (w1, b1, w2)]
+            views = [v.split(sizes) for v in (token, p, gx[:m], gp[:m])]
+            kept = (h_all.split(sizes), a_all.split(sizes)) if keep else ([h_one[:n] for n in sizes],) * 2
+            pieces = zip(owners, sizes, *views, *kept, strict=True)
+            for (e, first), n, rows, pe, gxe, gpe, h, a in pieces:
+                if first:
+                    u1, c1, u2 = (s[e].to(dtype) for s in stacks)
                 xn = torch.index_select(x, 0, rows, out=xe[:n])
                 gn = torch.index_select(low, 0, rows, out=ge[:n])
-                h = h_of[i] if keep else torch.addmm(c1, xn, u1.t(), out=h_one[:n])
-                a = aten.gelu.out(h, out=act[:n])
+                if not keep:
+                    torch.addmm(c1, xn, u1.t(), out=h)
+                    a = aten.gelu.out(h, out=a_one[:n])
                 dan = torch.mm(gn, u2, out=da[:n])
-                bias_part = torch.mv(gn, c2)
-                _weight_grad(parts[2][e], parts[3][e], gn.mul_(pe), a, first)
-                torch.sum(a.mul_(dan), 1, dtype=gp.dtype, out=gpe).add_(bias_part)
-                gh = aten.gelu_backward.grad_input(dan.mul_(pe), h, grad_input=a)
-                _weight_grad(parts[0][e], parts[1][e], gh, xn, first)
+                torch.sum(torch.mul(dan, a, out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
+                _weight_grad(gw2[e], gb2[e], gn.mul_(pe), a, first)
+                gh = aten.gelu_backward.grad_input(dan.mul_(pe), h, grad_input=spare[:n])
+                _weight_grad(gw1[e], gb1[e], gh, xn, first)
                 if dtype == grad.dtype:
                     torch.mm(gh, u1, out=gxe)
                 else:
                     gxe.copy_(torch.mm(gh, u1, out=gn))
             grad_x = gather_sum(gx, inverse).to(ctx.x_dtype)
-            grad_weights = gp[inverse].to(weights.dtype)
-        return grad_x, grad_weights, *sums, None, None, None
+            on_bias = F.pad(grad @ b2.to(grad.dtype).t(), (0, 1)).gather(1, ids)  # column E: elsewhere
+            grad_weights = (gp[inverse] + on_bias).to(weights.dtype)
+        return grad_x, grad_weights, *sums, None, None, None, None, None
 
 
 def _weight_grad(weight: Tensor, bias: Tensor, out: Tensor, into: Tensor, first: bool) -> None:
-    """weight (O, I) and bias (O,) become (first chunk of an expert) or grow by (later ones) out' into and sum(out)."""
+    """weight (O, I) and bias (O,) become (first piece of an expert) or grow by (later ones) out' into and sum(out)."""
     if weight.dtype == out.dtype:
         torch.addmm(weight, out.t(), into, beta=0 if first else 1, out=weight)
         total = out.sum(0)

@@ -8,18 +8,16 @@ unfinished run, which the same command continues.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_prep import parallel
+from data_prep.claim import claim, is_complete
 from data_prep.console import byte_text, note, table
 from data_prep.encode import prepare
 from data_prep.manifest import shard_entry, write_split
@@ -28,7 +26,7 @@ from data_prep.sources import KINDS, Source, SourceOptions, open_source
 from data_prep.writer import ShardFile
 from moe_cl.config import ConfigError
 from moe_cl.data.header import BadImage
-from moe_cl.data.index import DATASET, ShardIndex, load_index, read_dataset
+from moe_cl.data.index import DATASET, ShardIndex, load_index
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -88,7 +86,7 @@ def write_shards(source: Source, plan: Plan, out: Path, workers: int, overwrite:
     """Writes what of the plan is not there yet, then dataset.json. Raises ConfigError."""
     settings = plan.settings
     out.mkdir(parents=True, exist_ok=True)
-    with _claim(out, plan, overwrite):
+    with claim(out, plan, overwrite):
         _write_missing(source, plan, out, workers)
         indexes = [load_index(str(out / plan.file(s))) for s in range(plan.shards)]
         entry = _entry(source, plan, indexes)
@@ -104,7 +102,7 @@ def write_shards(source: Source, plan: Plan, out: Path, workers: int, overwrite:
 
 
 def _write_missing(source: Source, plan: Plan, out: Path, workers: int) -> None:
-    missing = [s for s in range(plan.shards) if not _complete(out / plan.file(s))]
+    missing = [s for s in range(plan.shards) if not is_complete(out / plan.file(s))]
     if len(missing) < plan.shards:
         note(f"{plan.shards - len(missing)} of {plan.shards} shards are complete already")
     _check_space(out, sum(plan.item(slot).size for s in missing for slot in plan.slots(s)))
@@ -170,57 +168,6 @@ def _entry(source: Source, plan: Plan, indexes: list[ShardIndex]) -> dict[str, A
         "skipped": [{"name": name, "reason": reason} for index in indexes for name, reason in index.skipped],
         "shards": [shard_entry(plan.file(s), index) for s, index in enumerate(indexes)],
     }
-
-
-@contextmanager
-def _claim(out: Path, plan: Plan, overwrite: bool) -> Iterator[None]:
-    """Holds the split's names in the folder: one run at a time, and only over shards of the same plan.
-
-    ``NAME-SPLIT.plan`` has the fingerprint of an unfinished run and carries the lock; the end of the run removes it.
-    """
-    settings = plan.settings
-    prefix = f"{settings.name}-{settings.split}"
-    marker = out / f"{prefix}.plan"
-    with open(marker, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{out}: another run is writing {prefix} right now; wait for it") from None
-        lock.seek(0)
-        split = (read_dataset(str(out)) or {"splits": {}})["splits"].get(settings.split)
-        theirs = lock.read().strip() or (split or {}).get("fingerprint")
-        named = re.compile(re.escape(prefix) + r"-\d{6}\.tar")
-        present = {p.name for p in out.iterdir() if named.fullmatch(p.name)}
-        if (present or split) and theirs != plan.fingerprint:
-            if not overwrite:
-                if theirs == (split or {}).get("fingerprint"):
-                    marker.unlink()
-                raise ConfigError(
-                    f"{out} holds {settings.split} shards of another source or other settings; choose another --out, "
-                    "or give --overwrite"
-                )
-            if split:
-                write_split(out, settings.split, None)
-            for name in present | {s["file"] for s in (split or {"shards": []})["shards"]}:
-                (out / name).unlink(missing_ok=True)
-                (out / name).with_suffix(".index.json").unlink(missing_ok=True)
-        for part in out.glob(f"{prefix}-*.part"):
-            part.unlink()
-        lock.truncate(0)
-        lock.write(plan.fingerprint)
-        lock.flush()
-        yield
-        marker.unlink()
-
-
-def _complete(path: Path) -> bool:
-    """Whether it is a shard that has its name and the size that its index says."""
-    if not path.is_file():
-        return False
-    try:
-        return load_index(str(path)).bytes == path.stat().st_size
-    except ConfigError:
-        return False
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from moe_cl.views.draw import SLOTS, draw_operations
 from moe_cl.views.spec import ViewSpec
 
 Operations = tuple[tuple[str, float], ...]
+CPU_ROWS = 4  # as many views at once as stay in a core's cache
 _MIX = {"brightness", "contrast", "saturation", "gray"}
 
 
@@ -48,6 +49,13 @@ def finish(views: Sequence[Tensor], spec: ViewSpec, seed: int, epoch: int, posit
 
 def operate(x: Tensor, operations: Sequence[Operations]) -> Tensor:
     """Apply each row's own operations to x (N, 3, S, S) float32 of whole numbers in [0, 255]; changes x in place."""
+    at_once = CPU_ROWS if x.device.type == "cpu" else max(len(x), 1)
+    for start in range(0, len(x), at_once):
+        _operate(x[start : start + at_once], operations[start : start + at_once])
+    return x
+
+
+def _operate(x: Tensor, operations: Sequence[Operations]) -> None:
     for step in range(max(map(len, operations), default=0)):
         groups: dict[str, list[int]] = {}
         for row, row_operations in enumerate(operations):
@@ -56,9 +64,11 @@ def operate(x: Tensor, operations: Sequence[Operations]) -> Tensor:
                 groups.setdefault("mix" if name in _MIX else name, []).append(row)
         for name, rows in groups.items():
             chosen = [operations[row][step] for row in rows]
+            if len(rows) == len(x):
+                x.copy_(_apply(name, x, chosen))
+                continue
             index = torch.tensor(rows, device=x.device)
             x.index_copy_(0, index, _apply(name, x.index_select(0, index), chosen))
-    return x
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -84,10 +94,15 @@ def _column(values: Sequence[float], x: Tensor) -> Tensor:
     return torch.tensor(values, dtype=x.dtype, device=x.device)[:, None, None, None]
 
 
+def _cut(x: Tensor) -> Tensor:
+    """Whole numbers of x in [0, 256), fractions cut off."""
+    return x.to(torch.uint8).to(x.dtype)
+
+
 def _gray(x: Tensor) -> Tensor:
     """(n, 1, S, S): ITU-R 601 luma, rounded as PIL's convert("L") is."""
     r, g, b = x.split(1, dim=1)
-    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114).add_(0.5).floor_()
+    return _cut((0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114).add_(0.5))
 
 
 def _mix(x: Tensor, chosen: Sequence[tuple[str, float]]) -> Tensor:
@@ -102,7 +117,7 @@ def _mix(x: Tensor, chosen: Sequence[tuple[str, float]]) -> Tensor:
     gray = _gray(x)
     level = c * gray.mean(dim=(1, 2, 3), keepdim=True).add_(0.5).floor_()
     # 0.002: a whole number that float32 puts just below itself is not cut to the one before
-    return (a * x).add_(g * gray + level).clamp_(0.0, 255.0).add_(0.002).floor_()
+    return _cut((a * x).add_(g * gray + level).clamp_(0.0, 255.0).add_(0.002))
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
@@ -112,10 +127,11 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     r, g, b = x.split(1, dim=1)
     safe = chroma.clamp_min(1.0)  # values are whole numbers
     sector = torch.where(top == r, (g - b) / safe, torch.where(top == g, (b - r) / safe + 2.0, (r - g) / safe + 4.0))
-    sector = sector + 6.0 * torch.trunc(turns * 255.0) / 255.0
     # channel n of (5, 3, 1): top - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + sector) mod 6
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None] + sector).remainder_(6.0)
-    return (top - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)).add_(0.5).floor_()
+    first = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = sector + (first + 6.0 * torch.trunc(turns * 255.0) / 255.0).remainder_(6.0)  # in [-1, 11)
+    k = torch.where(k >= 6.0, k - 6.0, k)  # below 0, k and 6 + k clamp alike
+    return _cut((top - chroma * torch.minimum(k, 4.0 - k).clamp_(0.0, 1.0)).add_(0.5))
 
 
 def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
@@ -127,12 +143,12 @@ def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
         half = kernel[len(kernel) // 2 :]
         row[: len(half)] = half
     weights = torch.from_numpy(taps).to(x.device)[:, :, None, None, None]
-    for axis in (2, 3):
-        size = x.shape[axis]
-        place = torch.arange(-reach, size + reach, device=x.device).clamp_(0, size - 1)
-        padded = x.index_select(axis, place)
-        x = x * weights[:, 0]
+    padded = torch.nn.functional.pad(x, (reach,) * 4, mode="replicate")
+    for axis in (3, 2):
+        size = padded.shape[axis] - 2 * reach
+        x = padded.narrow(axis, reach, size) * weights[:, 0]
         for d in range(1, reach + 1):
             pair = padded.narrow(axis, reach - d, size) + padded.narrow(axis, reach + d, size)
             x.addcmul_(pair, weights[:, d])
-    return x.add_(0.5).floor_()
+        padded = x
+    return _cut(x.add_(0.5))

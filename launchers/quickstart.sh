@@ -43,11 +43,20 @@ python -m moe_cl pretrain --check 2 "${run[@]}"
 say "Pretraining: CR-MoE, 2 ranks, experts spread over both"
 deepspeed --quiet --num_accelerators 2 --module moe_cl pretrain --resume "${run[@]}"
 
+# Each of these is made again only if what it is made from is newer.
 say "Evaluation"
-python -m moe_cl eval summary --checkpoint "$out"
+if [ "$out/summary.json" -nt "$out/checkpoints/latest" ]; then
+  echo "$out/summary.json is there already"
+else
+  python -m moe_cl eval summary --checkpoint "$out"
+fi
 
 say "Report"
-python -m moe_cl report "$out"
+if [ "$out/report.html" -nt "$out/summary.json" ]; then
+  echo "$out/report.html is there already"
+else
+  python -m moe_cl report "$out"
+fi
 
 say "Done. Everything is in $out"
 cat <<EOF

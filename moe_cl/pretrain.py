@@ -126,6 +126,7 @@ def tracking(
     if me.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         config.save(cfg, out / "config.yaml")
+        print("== resolved config ==", (out / "config.yaml").read_text(), sep="\n", flush=True)
     everything, active = parameter_counts(student, cfg, comm)
     show = {
         "method": f"{cfg.method} ({cfg.recipe})",

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from moe_cl.engine.checkpoint import Reader, latest_complete, store
+from moe_cl.engine.checkpoint import latest_complete, store
+from moe_cl.engine.checkpoint.format import Reader
 from moe_cl.tracking.journal import read
 from tests.pool import free_port
 from tests.small import ENV, ROOT, make_shards, settings

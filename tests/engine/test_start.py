@@ -1,0 +1,202 @@
+"""Runs that start from other runs, and what others wrote."""
+
+import argparse
+import contextlib
+import os
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from moe_cl.comm import LocalComm
+from moe_cl.config import CheckpointConfig, ConfigError, MoEConfig, OptimConfig
+from moe_cl.engine import optim
+from moe_cl.engine.checkpoint import Checkpointer, cli, foreign, latest_complete, start
+from moe_cl.models.build import build_backbone
+
+VIT = {"dim": 16, "depth": 2, "heads": 2, "img_size": 16, "patch_size": 8}
+
+
+class Net(nn.Module):
+    def __init__(self, heads, experts=True):
+        super().__init__()
+        torch.manual_seed(len(heads))
+        moe = MoEConfig(blocks="odd", experts=4, hidden_ratio=1.0) if experts else None
+        self.backbone = build_backbone("vit", moe=moe, **VIT)
+        self.heads = nn.ModuleDict({name: nn.Linear(16, 3) for name in heads})
+
+
+def run(out, heads, init=None, steps=0, experts=True):
+    """Student, teacher and checkpointer with an optimizer of the project, after ``steps`` steps."""
+    net, teacher = Net(heads, experts), Net(heads, experts).requires_grad_(False)
+    cfg = OptimConfig(base_lr=0.1)
+    fresh = start.fresh_names(init, [n for n, _ in net.named_parameters()])
+    adamw = optim.build(optim.param_groups(net, cfg, fresh=fresh), cfg, 0.1)
+    engine = types.SimpleNamespace(optimizer=adamw, global_steps=steps, gradient_accumulation_steps=lambda: 1)
+    saver = Checkpointer(out, CheckpointConfig(), LocalComm(), engine, net, teacher)
+    for _ in range(steps):
+        step(net, adamw)
+    return net, teacher, adamw, saver
+
+
+def step(net, adamw):
+    features = net.backbone([torch.randn(4, 3, 16, 16)]).features
+    sum(head(features).square().mean() for head in net.heads.values()).backward()
+    adamw.step()
+    adamw.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of one head with three steps behind it."""
+    out = tmp_path_factory.mktemp("first")
+    net, teacher, adamw, saver = run(out, ["view"], steps=3)
+    saver.save(3, {"step": 3, "loader": {"used": 24}}, wait=True)
+    return out, net, adamw
+
+
+def test_a_new_head_starts_fresh_and_all_else_goes_on(first, tmp_path):
+    out, old, old_adamw = first
+    net, teacher, adamw, saver = run(tmp_path, ["view", "region"], init=out)
+    report = saver.init_from(out)
+    assert report.extra == {"step": 3, "loader": {"used": 24}}
+    assert report.fresh == ["heads.region.weight", "heads.region.bias"] and not report.unused
+    assert "continues at its step" in str(report)
+    theirs = dict(old.named_parameters())
+    for name, p in net.named_parameters():
+        if name in theirs:
+            assert torch.equal(p, theirs[name])
+            if p.requires_grad:
+                assert torch.equal(adamw.state[p]["exp_avg_sq"], old_adamw.state[theirs[name]]["exp_avg_sq"])
+    assert torch.equal(teacher.heads["region"].weight, net.heads["region"].weight)
+    step(net, adamw)
+    counts = {n: float(adamw.state[p]["step"]) for n, p in net.named_parameters() if p.requires_grad}
+    assert all(count == (1 if "region" in name else 4) for name, count in counts.items())
+    saver.save(4, {"step": 4}, wait=True)  # and it is a run like any other
+    assert run(tmp_path, ["view", "region"], init=out)[3].load() == {"step": 4}
+
+
+def test_another_backbone_is_refused(first, tmp_path):
+    with pytest.raises(ConfigError, match="backbone tensors differ"):
+        run(tmp_path, ["view"], experts=False)[3].init_from(first[0])
+    with pytest.raises(ConfigError, match="no such file"):
+        run(tmp_path, ["view"])[3].init_from(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        run(tmp_path, ["view"])[3].init_from(tmp_path / "empty")
+
+
+def call(*argv):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.main(parser.parse_args([str(a) for a in argv]))
+
+
+def test_the_command(first, tmp_path, capsys):
+    out, net, _ = first
+    assert call("ls", out) == 0 and "step-00000003" in capsys.readouterr().out
+    assert call("verify", out) == 0 and "ok" in capsys.readouterr().out
+    assert call("convert", out, tmp_path / "w.safetensors", "--what", "teacher") == 0
+    state = load_file(tmp_path / "w.safetensors")
+    assert state["backbone.blocks.1.mlp.experts.w1"].shape == (4, 16, 16)
+    other, _, _, saver = run(tmp_path / "other", ["view"], steps=1)
+    saver.save(1, {}, wait=True)
+    assert call("diff", out, out) == 0 and "all equal" in capsys.readouterr().out
+    assert call("diff", out, tmp_path / "other") == 1
+    assert "student/backbone.cls_token: largest difference" in capsys.readouterr().out
+    assert call("diff", out, tmp_path / "other", "--tolerance", "1e9") == 0
+    shard = latest_complete(tmp_path / "other") / "teacher-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    assert call("verify", tmp_path / "other") == 1 and "damaged: step-00000001" in capsys.readouterr().out
+    for bad in (("ls", tmp_path), ("verify", tmp_path), ("convert", tmp_path, tmp_path / "x.safetensors")):
+        with pytest.raises(ConfigError):
+            call(*bad)
+
+
+def test_a_file_of_weights_starts_at_step_0(first, tmp_path):
+    out, old, _ = first
+    call("convert", out, tmp_path / "w.safetensors")
+    net, teacher, _, saver = run(tmp_path, ["other"])
+    report = saver.init_from(tmp_path / "w.safetensors")
+    assert report.extra is None and report.unused == ["heads.view.bias", "heads.view.weight"]
+    assert torch.equal(net.backbone.cls_token, old.backbone.cls_token)
+    assert torch.equal(teacher.backbone.cls_token, old.backbone.cls_token)
+
+
+def test_a_dense_file_is_upcycled(tmp_path):
+    dense = Net(["view"], experts=False)
+    save_file({n: v.contiguous() for n, v in dense.backbone.state_dict().items()}, tmp_path / "dense.safetensors")
+    net, teacher, _, saver = run(tmp_path, ["view"])
+    report = saver.init_from(tmp_path / "dense.safetensors")
+    assert report.upcycled
+    w1 = dense.backbone.blocks[1].mlp.fc1.weight
+    assert torch.equal(net.backbone.blocks[1].mlp.experts.w1[0], w1[:16])
+    assert torch.equal(teacher.backbone.blocks[1].mlp.experts.w1, net.backbone.blocks[1].mlp.experts.w1)
+
+
+# -- DeepSpeed's own native MoE ----------------------------------------------------------------------------------------
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x):
+        return self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+
+class Native(nn.Module):
+    def __init__(self, ep):
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        self.embed = nn.Linear(6, 6)
+        self.mlp = MoE(6, Expert(), num_experts=4, ep_size=ep, k=2)
+
+    def forward(self, x):
+        return self.mlp(self.embed(x))[0]
+
+
+def native(comm, folder, ep):
+    """A checkpoint by DeepSpeed's own save_checkpoint; returns this rank's experts and the gate."""
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    from moe_cl.engine.ranks import leave_out_shm_op
+
+    leave_out_shm_op()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    torch.manual_seed(0)
+    model = Native(ep)
+    for i, p in enumerate(model.parameters()):
+        with torch.no_grad():  # DeepSpeed copies one expert; here each is its own
+            torch.manual_seed(100 * i + (comm.rank if not getattr(p, "allreduce", True) else 0))
+            p.normal_()
+    groups = split({"params": list(model.parameters()), "name": "all"})
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(groups, lr=0.1), config=config)
+        engine.save_checkpoint(folder, tag="last")
+    own = [e.fc1.weight.detach().numpy() for e in model.mlp.deepspeed_moe.experts.deepspeed_experts]
+    return own, model.mlp.deepspeed_moe.gate.wg.weight.detach().numpy()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ep", [1, 2])
+def test_deepspeeds_native_moe_comes_in(pool, tmp_path, ep):
+    ranks = pool.run(2, native, str(tmp_path), ep)
+    state = foreign.read_deepspeed(tmp_path)
+    want = [w for own, _ in (ranks if ep == 2 else ranks[:1]) for w in own]
+    assert len(want) == 4
+    for mine, theirs in zip(state["mlp.experts.w1"], want, strict=True):
+        assert torch.equal(mine, torch.from_numpy(theirs))
+    assert torch.equal(state["mlp.router.weight"], torch.from_numpy(ranks[0][1]).t())
+    assert state["mlp.experts.b2"].shape == (4, 6) and "embed.weight" in state
+    assert call("convert", tmp_path, tmp_path / "ds.safetensors") == 0
+    assert load_file(tmp_path / "ds.safetensors")["backbone.mlp.experts.w2"].shape == (4, 6, 10)
+    next(tmp_path.glob("last/layer_0_expert_1_*")).unlink()
+    with pytest.raises(ConfigError, match="expert 1 of the 4 of mlp is missing"):
+        foreign.read_deepspeed(tmp_path)

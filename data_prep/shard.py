@@ -26,7 +26,7 @@ from data_prep.sources import KINDS, Source, SourceOptions, open_source
 from data_prep.writer import ShardFile
 from moe_cl.config import ConfigError
 from moe_cl.data.header import BadImage
-from moe_cl.data.index import DATASET, ShardIndex, load_index
+from moe_cl.data.index import DATASET, ShardIndex, load_index, read_dataset
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -86,6 +86,7 @@ def write_shards(source: Source, plan: Plan, out: Path, workers: int, overwrite:
     """Writes what of the plan is not there yet, then dataset.json. Raises ConfigError."""
     settings = plan.settings
     out.mkdir(parents=True, exist_ok=True)
+    _check_classes(source, out, settings.split)
     with claim(out, plan, overwrite):
         _write_missing(source, plan, out, workers)
         indexes = [load_index(str(out / plan.file(s))) for s in range(plan.shards)]
@@ -99,6 +100,19 @@ def write_shards(source: Source, plan: Plan, out: Path, workers: int, overwrite:
     more = f", {len(skipped)} left out ({DATASET} names them)" if skipped else ""
     print(f"{out}: {entry['samples']:,} samples in {plan.shards} shards{more}")
     return 0
+
+
+def _check_classes(source: Source, out: Path, split: str) -> None:
+    """A label means the same in all splits of a folder. A set that lacks a class would number the rest anew."""
+    for other, entry in (read_dataset(str(out)) or {"splits": {}})["splits"].items():
+        theirs, ours = entry.get("class_names") or [], list(source.class_names)
+        if other != split and theirs and ours and theirs != ours:
+            differ = sorted(set(theirs) ^ set(ours))
+            what = f"{differ[0]} is in one of them only" if differ else "their order differs"
+            raise ConfigError(
+                f"{out}: classes are numbered otherwise in its split {other} ({what}); make them alike (an empty "
+                "folder counts), or choose another --out"
+            )
 
 
 def _write_missing(source: Source, plan: Plan, out: Path, workers: int) -> None:

@@ -34,6 +34,9 @@ def open_table(path: Path, text: str, options: SourceOptions) -> Source:
     short = next((i for i, row in enumerate(rows, 1) if len(row) <= wide), None)
     if short is not None:
         raise ConfigError(f"{path}: row {short} has fewer than {wide + 1} columns")
+    # Classes are numbered over all rows, so that every split of the table numbers them alike.
+    words = {row[label_at].strip() for row in rows} - {"", "-1"} if label_at is not None else set()
+    names = () if all(word.isdigit() for word in words) else tuple(sorted(words))
     if split_at is not None:
         have = sorted({row[split_at] for row in rows})
         rows = [row for row in rows if row[split_at] == options.split]
@@ -43,7 +46,6 @@ def open_table(path: Path, text: str, options: SourceOptions) -> Source:
         raise ConfigError(f"{path}: no rows; expected path,label")
     root = options.root or str(path.parent)
     raw = [row[label_at].strip() if label_at is not None else "" for row in rows]
-    names = () if all(v.isdigit() or v in ("", "-1") for v in raw) else tuple(sorted(set(raw) - {""}))
     number_of = {name: i for i, name in enumerate(names)}
     items, missing = [], []
     for row, value in zip(rows, raw, strict=True):

@@ -157,6 +157,17 @@ def test_two_splits_share_a_folder(tmp_path):
     assert list(json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]) == ["train", "val"]
 
 
+def test_splits_of_a_folder_number_their_classes_alike(tmp_path, capsys):
+    image_folder(tmp_path / "images" / "train", classes=3)
+    image_folder(tmp_path / "images" / "val", classes=2)
+    args = [tmp_path / "images", "--out", tmp_path / "out", "--workers", 1]
+    assert shard(*args) == 0 and shard(*args, "--split", "val") == 2
+    assert "n02 is in one of them only" in capsys.readouterr().err
+    (tmp_path / "images" / "val" / "n02").mkdir()
+    assert shard(*args, "--split", "val") == 0
+    assert resolve(f"{tmp_path}/out/val").class_names == resolve(f"{tmp_path}/out/train").class_names
+
+
 def test_keep_order_says_so(tmp_path):
     source = image_folder(tmp_path / "images")
     assert shard(source, "--out", tmp_path / "out", "--keep-order", "--workers", 1) == 0

@@ -171,6 +171,8 @@ def test_tables(tmp_path):
     source = open_source(str(tmp_path / "named.tsv"), SourceOptions("train"))
     assert [(i.name, i.label) for i in source.items] == [(files[0], 1), (files[1], 0)]
     assert source.class_names == ("ape", "zebra")
+    val = open_source(str(tmp_path / "named.tsv"), SourceOptions("val"))
+    assert val.class_names == ("ape", "zebra") and [i.label for i in val.items] == [0]
     (tmp_path / "unlabelled.csv").write_text("path\n" + files[0] + "\n")
     assert open_source(str(tmp_path / "unlabelled.csv"), SourceOptions()).items[0].label == -1
     elsewhere = tmp_path / "lists"

@@ -14,6 +14,7 @@ PROTOCOLS = {
     "linear": "moe_cl.evals.linear",
     "logistic": "moe_cl.evals.logistic",
     "fewshot": "moe_cl.evals.fewshot",
+    "finetune": "moe_cl.evals.finetune",
     "correspondence": "moe_cl.evals.correspondence",
     "routing": "moe_cl.evals.routing",
     "statistics": "moe_cl.evals.statistics",

@@ -95,20 +95,23 @@ def open_set(
     Raises:
         ConfigError: no such set, or torchvision cannot find its files.
     """
-    kind, _, rest = source.partition(":")
-    if kind not in ("folder", "torchvision"):
-        if view is None:
-            return LabelledLoader(source, size, normalize, batch, rank, world, workers, interpolation=interpolation)
-        images: Dataset = _Shards(source, size)
-    else:
-        images = _folder(rest) if kind == "folder" else torchvision_set(rest, train)
+    if view is None and source.partition(":")[0] not in ("folder", "torchvision"):
+        return LabelledLoader(source, size, normalize, batch, rank, world, workers, interpolation=interpolation)
+    images = images_of(source, train, size)
     view = view or (lambda image, _: eval_view(image, size, normalize, interpolation))
     loader = DataLoader(
         _Views(images, view, rank, world), batch_size=batch, num_workers=workers, collate_fn=_stack,
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
-    loader.images = images
     return loader
+
+
+def images_of(source: str, train: bool, size: int) -> Dataset:
+    """A set by index: (PIL image or (H, W, 3) uint8 array, label). Raises ConfigError as ``open_set``."""
+    kind, _, rest = source.partition(":")
+    if kind == "folder":
+        return _folder(rest)
+    return torchvision_set(rest, train) if kind == "torchvision" else _Shards(source, size)
 
 
 def _folder(path: str) -> Dataset:
@@ -159,6 +162,11 @@ class _Shards(Dataset):
             raise ConfigError(f"{pattern}: no such data")
         self.dataset = resolve(pattern)
         self.images = Images(self.dataset, DataConfig(), round(size * 256 / 224))
+
+    @property
+    def targets(self) -> list[int]:
+        """All labels, from the index."""
+        return self.images.reader.labels(np.arange(len(self.dataset)))[0].tolist()
 
     def __len__(self) -> int:
         return len(self.dataset)

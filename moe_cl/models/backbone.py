@@ -104,6 +104,14 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+def set_drop_path(module: nn.Module, rate: float) -> None:
+    """Give the blocks of a built backbone other rates, growing linearly from 0 to ``rate``."""
+    paths = [m for m in module.modules() if isinstance(m, DropPath)]
+    rates = drop_rates(rate, 1 + max((m.place[0] for m in paths), default=0))
+    for path in paths:
+        path.rate = rates[path.place[0]]
+
+
 def drop_rates(rate: float, depth: int) -> list[float]:
     """Rates growing linearly from 0 to ``rate`` over ``depth`` blocks."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]

@@ -28,8 +28,10 @@ def make_run(out: Path, images: Path | None = None, model: ModelConfig | None = 
     path = out / "checkpoints" / "step-00000007"
     path.mkdir(parents=True)
     manifest, tensors = Manifest(step=7, world=1), {}
-    for name, value in backbone.state_dict().items():
-        key = f"teacher/backbone.{name}"
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state["heads.projector.0.weight"] = torch.randn(32, backbone.dim) * 0.1
+    for name, value in state.items():
+        key = f"teacher/{name}"
         tensors[key] = value.contiguous()
         piece = ["weights.safetensors", key, 0, value.numel()]
         manifest.tensors[key] = TensorEntry(list(value.shape), str(value.dtype).removeprefix("torch."), [piece])

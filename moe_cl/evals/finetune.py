@@ -1,0 +1,299 @@
+"""End-to-end fine-tuning with DeiT's recipe: all labels, 1 % or 10 % of them, or a transfer set.
+
+AdamW, lr = base * B/512, cosine with warm-up, mixup and cutmix, RandAugment, erasing, label smoothing, stochastic
+depth, repeated augmentation (Touvron et al. 2021; crmoe.md 3.3, moco_jcl.md section 3). Augmentations are timm's, their
+random numbers a function of (seed, epoch, image, repeat). The accuracy after the last epoch is reported, not the best.
+Semi-supervised runs take part of the training set, by seed or by a list, and may start from the first projector layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from moe_cl import rng
+from moe_cl.comm import mean_gradients
+from moe_cl.config import ConfigError
+from moe_cl.models.backbone import set_drop_path
+from moe_cl.views.spec import NORMALIZE
+
+if TYPE_CHECKING:
+    from moe_cl.evals.context import Context
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters; ``deit`` unless a preset says otherwise."""
+
+    epochs: int = 150
+    batch: int = 1024  # global
+    base_lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: float = 5.0  # epochs, from 1e-6
+    min_lr: float = 1e-5
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    jitter: float = 0.4
+    erasing: float = 0.25
+    scale_min: float = 0.08
+    repeats: int = 3
+    drop_path: float = 0.1
+
+
+_PLAIN = {"auto_augment": None, "jitter": 0.0, "erasing": 0.0, "scale_min": 0.05, "repeats": 1, "smoothing": 0.0}
+_TRANSFER = Recipe(epochs=100, base_lr=3e-4, warmup=3.0, weight_decay=0.1, **_PLAIN)  # MoCo v3's, ViT-B
+PRESETS = {
+    "deit": Recipe(),
+    "cifar10": _TRANSFER,
+    "cifar100": replace(_TRANSFER, mixup=0.5),
+    "flowers": replace(_TRANSFER, weight_decay=0.3, erasing=0.25, mixup=0.0, cutmix=0.0),
+    "pets": replace(_TRANSFER, drop_path=0.0, cutmix=0.0),
+    "plain": replace(_TRANSFER, mixup=0.0, cutmix=0.0, drop_path=0.0, epochs=30),
+}
+
+
+def learning_rate(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """Linear warm-up from 1e-6, then cosine to ``min_lr``, by the epoch as timm has it."""
+    peak, epoch = recipe.base_lr * recipe.batch / 512, step // steps_per_epoch
+    if epoch < recipe.warmup:
+        return 1e-6 + (peak - 1e-6) * epoch / recipe.warmup
+    return recipe.min_lr + 0.5 * (peak - recipe.min_lr) * (1 + math.cos(math.pi * epoch / recipe.epochs))
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators set from ``numbers`` inside, and as they were afterwards."""
+    key = int(rng.fold(torch.tensor([0]), *numbers)) & 0x7FFFFFFF
+    saved = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(key), np.random.seed(key), torch.manual_seed(key)
+        try:
+            yield
+        finally:
+            random.setstate(saved[0])
+            np.random.set_state(saved[1])
+
+
+class Augmented(Dataset):
+    """``augmented[epoch, i, repeat]`` = (C, S, S) tensor and label."""
+
+    def __init__(self, images: Dataset, size: int, normalize: str, recipe: Recipe, seed: int):
+        from timm.data import create_transform
+
+        self.images, self.seed = images, seed
+        mean, std = NORMALIZE[normalize]
+        self.transform = create_transform(
+            size, is_training=True, scale=(recipe.scale_min, 1.0), color_jitter=recipe.jitter or None,
+            auto_augment=recipe.auto_augment, interpolation="bicubic", re_prob=recipe.erasing, re_mode="pixel",
+            mean=mean, std=std,
+        )  # fmt: skip
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        epoch, i, repeat = key
+        image, label = self.images[i]
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+        with seeded(self.seed, epoch, i, repeat):
+            return self.transform(image), int(label)
+
+
+def order(chosen: np.ndarray, epoch: int, recipe: Recipe, seed: int, rank: int, world: int) -> list[list[Any]]:
+    """This rank's batches of (epoch, image, repeat) of one epoch; the global batches do not depend on the ranks.
+
+    With repeats the epoch keeps its length: the first len(chosen) of the repeated order (DeiT's sampler). A last batch
+    that is smaller is left out unless it is the only one.
+    """
+    shuffled = np.random.default_rng([seed, epoch]).permutation(chosen)
+    keys = [(epoch, int(i), r) for i in shuffled for r in range(recipe.repeats)][: len(chosen)]
+    batches = [keys[at : at + recipe.batch] for at in range(0, len(keys), recipe.batch)]
+    if len(batches) > 1 and len(batches[-1]) < recipe.batch:
+        batches.pop()
+    return [batch[rank::world] for batch in batches]
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear layer; with ``first`` (h, D), the first projector layer without norm, between them."""
+
+    def __init__(self, backbone: nn.Module, classes: int, first: Tensor | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.first = None
+        width = backbone.dim
+        if first is not None:
+            self.first = nn.Linear(first.shape[1], first.shape[0], bias=False)
+            self.first.weight.data.copy_(first)
+            width = first.shape[0]
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.backbone([x]).features
+        return self.head(x if self.first is None else self.first(x))
+
+
+def train(
+    model: Classifier, images: Dataset, chosen: np.ndarray, classes: int, recipe: Recipe, ctx: Context
+) -> list[float]:
+    """Fine-tune in place on images ``chosen``; returns each epoch's mean loss."""
+    from timm.data import Mixup
+
+    from moe_cl.evals.context import DTYPES
+
+    comm, args = ctx.comm, ctx.args
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    mix = None
+    if recipe.mixup or recipe.cutmix:
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+    data = Augmented(images, ctx.size, ctx.normalize, recipe, args.seed)
+    dtype, losses, step = DTYPES[args.dtype], [], 0
+    for epoch in range(recipe.epochs):
+        batches = order(chosen, epoch, recipe, args.seed, comm.rank, comm.world)
+        total = torch.zeros((), device=ctx.device)
+        loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers)
+        for number, (x, y) in enumerate(loader):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(batches), recipe)
+            x, y = x.to(ctx.device), y.to(ctx.device)
+            with seeded(args.seed, epoch, number, comm.rank, 1):
+                if mix is not None and len(x) > 1:
+                    x, y = mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes pairs
+                with torch.autocast(ctx.device.type, dtype, enabled=dtype is not None):
+                    scores = model(x)
+            loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing if y.ndim == 1 else 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            mean_gradients(trained, comm)
+            optimizer.step()
+            total += loss.detach()
+            step += 1
+        losses.append(float(comm.all_reduce(total / len(batches), "mean")))
+    return losses
+
+
+def part_of(labels: np.ndarray, fraction: float | None, listed: str | None, seed: int) -> np.ndarray:
+    """Indices of the training images: all, a fraction of every class (one at least), or those of a file.
+
+    ``listed``: .npy of indices, or text with one index a line. Raises ConfigError for a file that does not fit.
+    """
+    if listed:
+        path = Path(listed)
+        try:
+            npy = path.suffix == ".npy"
+            index = np.load(path, allow_pickle=False) if npy else np.loadtxt(path, dtype=np.int64, ndmin=1)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--list {listed}: {' '.join(str(error).split())[:120]}") from None
+        index = index.astype(np.int64).ravel()
+        if not len(index) or index.min() < 0 or index.max() >= len(labels):
+            raise ConfigError(f"--list {listed}: indices must lie between 0 and {len(labels) - 1}")
+        return index
+    if fraction is None:
+        return np.arange(len(labels))
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"--fraction {fraction}: give a part between 0 and 1, for example 0.01")
+    generator, kept = np.random.default_rng(seed), []
+    for c in np.unique(labels):
+        index = generator.permutation(np.nonzero(labels == c)[0])
+        kept.append(index[: max(1, round(fraction * len(index)))])
+    return np.sort(np.concatenate(kept))
+
+
+HELP = "fine-tune end to end with DeiT's recipe; 1 % and 10 % of the labels, or transfer presets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``eval finetune``."""
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="deit", help="default: deit")
+    for name, kind in (("epochs", int), ("base-lr", float), ("weight-decay", float), ("drop-path", float)):
+        parser.add_argument(f"--{name}", type=kind, help="instead of the preset's")
+    parser.add_argument("--train-batch", type=int, help="global batch instead of the preset's")
+    parser.add_argument("--repeats", type=int, help="repeated augmentation instead of the preset's")
+    parser.add_argument("--fraction", type=float, help="part of every class, drawn by --seed: 0.01, 0.1")
+    parser.add_argument("--list", dest="listed", help="file of training indices (.npy, or one a line)")
+    parser.add_argument("--first-layer", action="store_true", help="keep the projector's first layer before the head")
+
+
+def run(ctx: Context) -> dict[str, Any]:
+    """Table and JSON of ``eval finetune``."""
+    from moe_cl.evals import sets
+    from moe_cl.evals.features import extract, frozen
+    from moe_cl.evals.record import record
+
+    args = ctx.args
+    asked = {
+        "epochs": args.epochs, "base_lr": args.base_lr, "weight_decay": args.weight_decay, "repeats": args.repeats,
+        "drop_path": args.drop_path, "batch": args.train_batch,
+    }  # fmt: skip
+    recipe = replace(PRESETS[args.preset], **{k: v for k, v in asked.items() if v is not None})
+    images = sets.images_of(ctx.source(True), True, ctx.size)
+    labels = np.array(_labels(images))
+    chosen = part_of(labels, args.fraction, args.listed, args.seed)
+    classes = int(labels.max()) + 1
+    if min(recipe.batch, len(chosen)) < ctx.comm.world:
+        raise ConfigError(f"{len(chosen)} training images are fewer than the {ctx.comm.world} ranks")
+    first = _first_layer(Path(args.checkpoint), args.which) if args.first_layer else None
+    torch.manual_seed(args.seed)
+    model = Classifier(ctx.backbone, classes, first).to(ctx.device).train()
+    model.requires_grad_(True)
+    set_drop_path(model.backbone, recipe.drop_path)
+    losses = train(model, images, chosen, classes, recipe, ctx)
+    with frozen(model):
+        scores, truth = extract(lambda x: model(x.to(ctx.device)), ctx.loader(False), ctx.comm)
+    best = scores.topk(min(5, classes), 1).indices == truth[:, None]
+    values = {
+        "top1": float(best[:, 0].float().mean()), "top5": float(best.any(1).float().mean()), "train_loss": losses[-1],
+        "images": float(len(chosen)),
+    }  # fmt: skip
+    if ctx.comm.rank == 0:
+        rows = [[args.preset, len(chosen), recipe.epochs, values["top1"], values["top5"]]]
+        columns = ("preset", "training images", "epochs", "top-1", "top-5")
+        setting = ctx.setting(fine_tuning=asdict(recipe))
+        more = {"losses": losses}
+        record(ctx.out, "finetune", ctx.step, values, setting, columns=columns, rows=rows, more=more)
+    return values
+
+
+def _first_layer(checkpoint: Path, which: str) -> Tensor:
+    """Weight (h, D) of the first layer of the checkpoint's projector. Raises ConfigError if there is none."""
+    from moe_cl.engine.checkpoint.format import Reader
+    from moe_cl.evals.pretrained import checkpoint_of
+
+    path = checkpoint_of(checkpoint)
+    reader = Reader(path)
+    sides = ("teacher", "student") if which == "auto" else (which,)
+    for name in (f"{side}/heads.{head}.0.weight" for side in sides for head in ("projector", "fc")):
+        if name in reader.manifest.tensors:
+            return reader.tensor(name)
+    raise ConfigError(f"--first-layer: {path.name} has no projector")
+
+
+def _labels(images: Dataset) -> list[int]:
+    """Labels without decoding where the set knows them."""
+    if isinstance(images, Subset):
+        whole = _labels(images.dataset)
+        return [whole[i] for i in images.indices]
+    if isinstance(images, ConcatDataset):
+        return [label for part in images.datasets for label in _labels(part)]
+    for name in ("targets", "labels", "_labels"):
+        if (known := getattr(images, name, None)) is not None:
+            return [int(label) for label in known]
+    return [int(images[i][1]) for i in range(len(images))]

@@ -36,8 +36,10 @@ class Plan:
 def sort_by_expert(ids_Rk: Tensor, experts: int, complete: bool = True) -> Plan:
     """Group the choices by local expert id; ``complete`` = no id says "elsewhere" (then M = R*k needs no host sync)."""
     flat = ids_Rk.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1)[:experts] if flat.numel() else flat.new_zeros(experts)
+    ordered, order = flat.sort(stable=True)
+    # Not bincount, which asks the host for its length on CUDA.
+    ends = torch.searchsorted(ordered, torch.arange(experts, device=flat.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     if not complete:

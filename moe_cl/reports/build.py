@@ -185,4 +185,4 @@ def events(run: Run) -> str:
 def configuration(run: Run) -> str:
     """All settings, one a row."""
     rows = [[key, str(value)] for key, value in flatten(run.config).items() if value not in ({}, "")]
-    return page.box(page.table(["key", "value"], rows)) if rows else ""
+    return page.box(page.folded(f"all {len(rows)} settings", page.table(["key", "value"], rows))) if rows else ""

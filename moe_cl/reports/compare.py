@@ -90,7 +90,9 @@ def router(runs: Sequence[Run]) -> list[Picture]:
             if found:
                 same = [s.y for s in found if len(s.x) == len(found[0].x)]
                 lines.append((run.label, Series(found[0].x, np.mean(same, axis=0))))
-        out += curves.one(Chart(f"router_{key}", title, "% same first expert", scale=100.0, group="Router"), lines)
+        out += curves.one(
+            Chart(f"router_{key}", title, "% of the experts in common", scale=100.0, group="Router"), lines
+        )
     return out
 
 
@@ -156,6 +158,6 @@ def document(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     sections = [("Results", page.box(results_table(runs))), ("Differences", differences)]
     main = [p for p in pictures if p.group != "Router"]
     sections += [("Training", page.grid(main)), ("Router", page.grid([p for p in pictures if p.group == "Router"]))]
-    sections.append(("All settings", page.box(everything) if rows else ""))
+    sections.append(("All settings", page.box(page.folded(f"all {len(rows)} settings", everything)) if rows else ""))
     subtitle = " · ".join(f"{run.label}: {run.status.lower()}, {run.steps:,} steps" for run in runs)
     return page.page(" and ".join(names), subtitle, [(n, ABOUT[n], inner) for n, inner in sections], pictures)

@@ -48,7 +48,7 @@ CHARTS = (
         "Positive pairs should part from negative ones.", group="Health",
     ),
     Chart("spread", "Spread of the features", "1 = even", _is("health/feature_std"), zero=True,
-          caption="Standard deviation of normalised features x sqrt(width): about 1 is spread, 0 is collapse.", group="Health"),
+          caption="Deviation of unit features x sqrt(width): about 1 is spread, 0 is collapse.", group="Health"),
     Chart("rank", "Effective rank", "dimensions", _is("health/effective_rank"), zero=True, group="Health"),
     Chart("entropy", "Teacher entropy and divergence", "nats", _is("health/teacher_entropy", "health/kl"),
           group="Health"),
@@ -121,7 +121,7 @@ def finish(axes: object, chart: Chart, values: Sequence[np.ndarray]) -> None:
     if chart.log and (every > 0).all() and every.max() > 20 * every.min():
         axes.set_yscale("log")
     elif chart.zero:
-        axes.set_ylim(0, max(1e-9, every.max()) * 1.08)
+        axes.set_ylim(0, every.max() * 1.08 or 1.0)
     elif np.ptp(every) == 0:
         axes.set_ylim(every[0] - 0.5 * max(abs(every[0]), 1e-6), every[0] + 0.5 * max(abs(every[0]), 1e-6))
     if axes.get_yscale() == "linear":

@@ -83,6 +83,11 @@ def box(content: str) -> str:
     return f'<div class="card">{content}</div>'
 
 
+def folded(summary: str, content: str) -> str:
+    """Content that opens when its summary is clicked."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
 def tiles(values: Sequence[tuple[str, str]]) -> str:
     """What matters, large."""
     inner = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in values)

@@ -28,8 +28,7 @@ def draw(run: Run) -> list[Picture]:
     out += one(
         Chart("dead", "Dead experts", "experts", group="Router", zero=True,
               caption=f"Experts with less than {DEAD:.0%} of a fair share in a step."),
-        [(name, run.series.get(f"moe/{name}/dead") or Series(s.x, (s.y * s.y.shape[1] < DEAD).sum(1).astype(float)))
-         for name, s in load.items()],
+        [(name, Series(s.x, (s.y * s.y.shape[1] < DEAD).sum(1).astype(float))) for name, s in load.items()],
     )  # fmt: skip
     out += one(
         Chart("load_entropy", "Evenness of the load", "% of the highest entropy", group="Router",
@@ -39,10 +38,11 @@ def draw(run: Run) -> list[Picture]:
     for key, title, unit, scale, caption in (
         ("entropy", "Entropy of a token's routing", "nats", 1.0, "Of the softmax over experts; low is decided."),
         ("margin", "Margin of the first choice", "probability", 1.0, "Probability of the first less the second."),
-        ("agreement_cls", "Do the two views' class tokens agree?", "% same first expert", 100.0,
-         "The paper's point: both views of an image should take the same experts."),
-        ("agreement_patch", "Do overlapping patches agree?", "% same first expert", 100.0,
+        ("agreement_cls", "Do the two views' class tokens agree?", "% of the experts in common", 100.0,
+         "The paper's point: both views of an image should take the same experts. Share of the k that both take."),
+        ("agreement_patch", "Do overlapping patches agree?", "% of the experts in common", 100.0,
          "Patches of the two views that show the same place."),
+        ("sent", "Tokens sent to other ranks", "rows a forward", 1.0, "What expert parallelism puts on the network."),
     ):  # fmt: skip
         lines = [(name, s) for name, s in run.moe_layers(key).items() if s.y.ndim == 1]
         out += one(Chart(f"router_{key}", title, unit, caption=caption, scale=scale, group="Router"), lines)

@@ -38,7 +38,7 @@ class Server:
             )
         return self
 
-    def ready(self, seconds=90.0):
+    def ready(self, seconds=300.0):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:

@@ -22,6 +22,7 @@ from tests.tracking.servers import Server, black_hole, broken, slow
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300  # seconds for what takes a few: a busy machine gives a process of lowest priority little
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_embedded_run_has_everything(tmp_path):
     journal.event("bad image", step=7)
     journal.evaluation("knn", 50, {"top1": 0.81, "nan": float("nan")})
     journal.close("FINISHED")
-    assert handle.stop(60)
+    assert handle.stop(PATIENCE)
     uri = f"sqlite:///{out / 'mlflow.db'}"
     assert uri in handle.open_with
     client = library.MlflowClient(uri)
@@ -101,7 +102,7 @@ def test_resume_continues_the_run_without_a_repeated_point(tmp_path, server):
     handle = mlflow.start(out, config, {}, config={"lr": 0.1, "epochs": 3})
     log(journal, 1, 60)
     journal.evaluation("knn", 50, {"top1": 0.5})
-    assert handle.stop(60, "KILLED")
+    assert handle.stop(PATIENCE, "KILLED")
     first = handle.run_id
     assert library.MlflowClient(server.uri).get_run(first).info.status == "KILLED"
     journal = Journal(out / "journal.jsonl", resume_step=40)
@@ -109,7 +110,7 @@ def test_resume_continues_the_run_without_a_repeated_point(tmp_path, server):
     log(journal, 41, 80)
     journal.evaluation("knn", 50, {"top1": 0.5})
     journal.close("FINISHED")
-    assert handle.stop(60) and handle.run_id == first
+    assert handle.stop(PATIENCE) and handle.run_id == first
     assert all_points(server.uri, first, 80)
     run = library.MlflowClient(server.uri).get_run(first)
     assert run.info.status == "FINISHED" and run.data.tags["changed.lr"] == "0.2" and run.data.params["lr"] == "0.1"
@@ -122,7 +123,7 @@ def test_resume_continues_the_run_without_a_repeated_point(tmp_path, server):
     handle = mlflow.start(moved, config, {}, config={}, run_id=first)
     log(journal, 71, 90)
     journal.close("FINISHED")
-    assert handle.stop(60) and handle.run_id == first and all_points(server.uri, first, 90)
+    assert handle.stop(PATIENCE) and handle.run_id == first and all_points(server.uri, first, 90)
 
 
 @pytest.mark.parametrize("kind", ["refusing", "black hole", "500"])
@@ -144,7 +145,7 @@ def test_a_server_that_never_works(tmp_path, server, kind):
     else:
         with black_hole() if kind == "black hole" else broken() as uri:
             run(uri)
-    result = mlflow.sync(out, server.uri, 60)
+    result = mlflow.sync(out, server.uri, PATIENCE)
     assert result["done"] and result["ended"]
     assert all_points(server.uri, result["run_id"], 300)
     assert library.MlflowClient(server.uri).get_run(result["run_id"]).info.status == "FINISHED"
@@ -165,7 +166,7 @@ def test_a_slow_server_whose_answers_come_too_late(tmp_path, server, monkeypatch
         line.delay = 0.0
         seconds += log(journal, 301, 400)
         journal.close("FINISHED")
-        assert handle.stop(60)
+        assert handle.stop(PATIENCE)
         assert p99(seconds) < 0.5e-3 and "time" in (out / "mlflow.log").read_text()
     assert all_points(server.uri, handle.run_id, 400)
 
@@ -185,7 +186,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path):
         seconds += log(journal, 401, 500)
         server.ready()
         journal.close("FINISHED")
-        assert handle.stop(60)
+        assert handle.stop(PATIENCE)
         assert p99(seconds) < 0.5e-3
         assert all_points(server.uri, handle.run_id, 500)
     finally:
@@ -204,7 +205,7 @@ for step in range(1, 100):
 print("logged", flush=True)
 if sys.argv[3] == "raise":
     raise RuntimeError("boom")
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -215,12 +216,12 @@ def test_the_end_of_the_parent_is_seen(tmp_path, server, how, status):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"logged\n"
     if how == "kill":
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not load_state(out).run_id and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while load_state(out).ended == "" and time.monotonic() < deadline:
         time.sleep(0.2)
     state = load_state(out)
@@ -238,7 +239,7 @@ def test_credentials_are_nowhere(tmp_path, monkeypatch):
     handle = mlflow.start(out, TrackConfig(uri=uri), {"note": "swordfish"}, config={"track": {"uri": uri}})
     log(journal, 1, 5)
     journal.close("FINISHED")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (out / "mlflow.log").stat().st_size and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not handle.stop(1) and "swordfish" not in handle.shown + handle.open_with

@@ -64,6 +64,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         driver = large_batch.step if cfg.batch.exact_large_batch else step.step
         knn_every = round(cfg.eval.knn_every * per_epoch)
+        metrics: dict[str, float] = state.get("metrics", {})  # of the last evaluation, for checkpoint.keep_best
 
         for number in range(state["step"], total):
             begin = time.monotonic()
@@ -82,9 +83,12 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             values |= {"images_per_second": batch.global_batch / seconds, "data_wait": loader.wait_seconds / seconds}
             track.step(done, values, digest_hex(agreed.digest))
             if knn_every and (done % knn_every == 0 or done == total):
-                track.evaluation("knn", done, online_knn(cfg, built.evaluated, comm, built.device, built.dtype))
+                found = online_knn(cfg, built.evaluated, comm, built.device, built.dtype)
+                track.evaluation("knn", done, found)
+                metrics = {f"knn/{name}": float(value) for name, value in found.items()}
             if done % save_every == 0 or done == total or agreed.stop:
-                checkpoints.save(done, {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id})
+                place = {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id, "metrics": metrics}
+                checkpoints.save(done, place)
             for event in loader.drain_events() + checkpoints.drain_events():
                 track.event(**{"step": done, **event})
             if agreed.stop and done < total:
@@ -93,6 +97,8 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 track.killed()
                 break
         checkpoints.wait()
+        for event in checkpoints.drain_events():
+            track.event(**event)
     return 0
 
 

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Two hosts on one machine: network namespaces h1 and h2 on a bridge (10.77.0.1, 10.77.0.2), each with its own sshd.
+# Usage (root): up.sh DIR    keys, configs, pids and logs go to DIR; it prints nothing when all is well. See down.sh.
+set -euo pipefail
+dir="$(realpath -m "${1:?usage: up.sh DIR}")"
+mkdir -p "$dir" /run/sshd
+"$(dirname "${BASH_SOURCE[0]}")/down.sh" "$dir"
+ip link add br77 type bridge
+ip addr add 10.77.0.254/24 dev br77
+ip link set br77 up
+ssh-keygen -q -t ed25519 -N '' -f "$dir/id" <<<y >/dev/null
+for n in 1 2; do
+  ip netns add "h$n"
+  ip link add "veth$n" type veth peer name eth0 netns "h$n"
+  ip link set "veth$n" master br77 up
+  ip -n "h$n" addr add "10.77.0.$n/24" dev eth0
+  ip -n "h$n" link set eth0 up
+  ip -n "h$n" link set lo up
+  ssh-keygen -q -t ed25519 -N '' -f "$dir/host$n" <<<y >/dev/null
+  cat >"$dir/sshd$n.conf" <<EOF
+ListenAddress 10.77.0.$n
+Port 22
+HostKey $dir/host$n
+AuthorizedKeysFile $dir/id.pub
+PidFile $dir/sshd$n.pid
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+PasswordAuthentication no
+AcceptEnv *
+MaxStartups 100
+EOF
+  ip netns exec "h$n" /usr/sbin/sshd -f "$dir/sshd$n.conf" -E "$dir/sshd$n.log"
+done
+cat >"$dir/ssh_config" <<EOF
+Host 10.77.0.*
+  User root
+  IdentityFile $dir/id
+  IdentitiesOnly yes
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+EOF
+# Programs that call plain ssh (the DeepSpeed launcher, pdsh, doctor) find this one on PATH: the user's own stays as it is.
+mkdir -p "$dir/bin"
+printf '#!/bin/sh\nexec /usr/bin/ssh -F %s/ssh_config "$@"\n' "$dir" >"$dir/bin/ssh"
+chmod +x "$dir/bin/ssh"
+printf '10.77.0.1 slots=1\n10.77.0.2 slots=1\n' >"$dir/hostfile"
+for n in 1 2; do
+  for _ in $(seq 50); do
+    "$dir/bin/ssh" -o ConnectTimeout=2 "10.77.0.$n" true 2>/dev/null && continue 2
+    sleep 0.1
+  done
+  echo "host h$n does not answer; see $dir/sshd$n.log" >&2
+  exit 1
+done

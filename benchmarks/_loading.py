@@ -110,7 +110,7 @@ def throughput(pattern: str, quick: bool) -> dict[str, float]:
 def memory(pattern: str, samples: int) -> tuple[float, float]:
     """MiB of its own that the worker holds: the most in the first half and in the second half of ``samples``."""
     cfg = DataConfig(train=pattern, workers=1, streams=16)
-    source = Loader(cfg, build_spec(ViewsConfig(size=96)), seed=0, global_batch=100, micro_batch=100)
+    source = Loader(cfg, build_spec(ViewsConfig(size=32)), seed=0, global_batch=100, micro_batch=100)
     held = []
     for step in itertools.count(1):
         next(source)

@@ -86,7 +86,8 @@ class Patience:
         name, url, detail = self._last
         left = self.seconds - (now - self._since)
         if left <= 0:
-            raise SourceLost(f"{url} could not be read for {self.seconds:g} s ({name}: {detail}); data.retry_seconds says how long to try")
+            why = f"{name}: {detail}; data.retry_seconds says how long to try"
+            raise SourceLost(f"{url} could not be read for {self.seconds:g} s ({why})")
         if self._tries in (0, 3):
             log.warning("%s: %s (%s); trying again for up to %.0f s", url, name, detail, left)
         # ranks and workers that lost the same server come back at different moments

@@ -19,8 +19,9 @@ from moe_cl.data.faults import DataStop, SampleFault, SourceLost, TooManyFaults
 from moe_cl.data.index import Dataset
 from moe_cl.data.order import Order
 from moe_cl.data.reader import Reader
+from moe_cl.data.rows import Rows
 from moe_cl.views.augment import make_views
-from moe_cl.views.spec import Batch, ViewSpec, collate
+from moe_cl.views.spec import Batch, ViewSpec
 
 _KINDS: dict[str, type[Exception]] = {k.__name__: k for k in (SourceLost, TooManyFaults, ConfigError)}
 
@@ -105,12 +106,12 @@ class BatchMaker(torch.utils.data.Dataset):
 
     def _make(self, epoch: int, positions: np.ndarray, events: list[dict[str, Any]]) -> Batch:
         ids = self.order.epoch(epoch).ids(positions)
-        samples = []
+        rows = Rows(len(ids))
         for slot, data in enumerate(self.images.reader.read(ids)):
             position = int(positions[slot])
             image, ids[slot] = self._fill(epoch, position, int(ids[slot]), data, events)
-            samples.append(make_views(image, self.spec, self.order.seed, epoch, position))
-        views, boxes = collate(samples)
+            rows.add(*make_views(image, self.spec, self.order.seed, epoch, position))
+        views, boxes = rows.finish()
         return Batch(
             views, boxes, torch.from_numpy(ids), self._labels(ids, epoch, events), torch.from_numpy(positions.copy())
         )

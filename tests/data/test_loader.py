@@ -199,6 +199,7 @@ def test_changed_data_is_refused_inside_an_epoch(pattern, tmp_path, caplog):
     assert "next epoch" in caplog.text and other.state_dict()["epoch"] == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch says it from a destructor too
 def test_a_killed_worker_is_named(pattern):
     source = loader(pattern, workers=1)
     next(source)

@@ -1,0 +1,181 @@
+"""A whole MoCo v3 step beside plain PyTorch; MoCo beside end-to-end (MoCo v2's table 3); EsViT's region loss.
+
+Sides take turns; a ratio is the median over rounds of ours / plain in that round, for the wall clock and for the
+processor time of the process (which other programs disturb less). Memory is the peak of a process of its own over what
+it held before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+
+from benchmarks import _regions
+from benchmarks._plain_mocov3 import PlainStep
+from benchmarks.moe import alternate
+from moe_cl import config, methods
+from moe_cl.allocator import keep_freed_memory
+from moe_cl.config import RunConfig
+from moe_cl.views.spec import Batch
+
+TARGETS = {"step_fp32_cpu": 1.02, "step_bf16_cpu": 1.02, "step_memory": 1.0, "region_memory": 1 / 3}
+
+
+def images(batch: int, size: int) -> Batch:
+    """Two views of random images."""
+    ids = torch.arange(batch)
+    x = torch.randn(2 * batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return Batch([x], torch.zeros(2, batch, 5), ids, ids, ids)
+
+
+def ours(recipe: str, settings: list[str], batch: Batch) -> Callable[[], object]:
+    """A step of a recipe through the DeepSpeed engine and the project's driver."""
+    from moe_cl.engine import ranks, setup
+    from moe_cl.engine.step import step
+
+    size = batch.views[0].shape[-1]
+    more = [f"batch.global_batch={len(batch.sample_ids)}", f"views.size={size}"]
+    cfg: RunConfig = config.load(recipe, [*more, *settings], methods.params_of)
+    cfg.engine.ds_config = write_json()
+    comm = _group(ranks)
+    built = setup.build(cfg, comm)
+    number = iter(range(1, 10**9))
+    return lambda: step(built.parts, [batch], next(number), 0.99)
+
+
+_GROUP: list = []
+
+
+def _group(ranks) -> object:
+    if not _GROUP:
+        ranks.leave_out_shm_op()
+        _GROUP.append(ranks.init(ranks.Ranks(), 600.0))
+    return _GROUP[0]
+
+
+def write_json() -> str:
+    """A DeepSpeed JSON of stage 0 for one process."""
+    path = os.path.join(tempfile.gettempdir(), f"benchmark-step-{os.getpid()}.json")
+    with open(path, "w") as f:
+        json.dump({"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}, f)
+    return path
+
+
+def plain(precision: str, batch: Batch, backbone: str, options: dict) -> Callable[[], object]:
+    """The same step in plain PyTorch."""
+    step, (x1, x2) = PlainStep(backbone, options, precision), batch.views[0].chunk(2)
+    return lambda: step(x1, x2)
+
+
+def side(name: str, quick: bool) -> Callable[[], object]:
+    """A measured side by name: ``ours bf16``, ``plain fp32``, ``moco``, ``end_to_end``, ``fused``, ``gathered``."""
+    kind, _, precision = name.partition(" ")
+    if kind in ("ours", "plain"):
+        batch = images(4, 64) if quick else images(16, 224)
+        options = {"img_size": 64, "depth": 4} if quick else {}
+        if kind == "plain":
+            return plain(precision, batch, "vit_small", options)
+        settings = [f"model.options.{k}={v}" for k, v in options.items()] + [f"engine.precision={precision}"]
+        return ours("mocov3_vit_small_300ep", settings, batch)
+    if kind in ("moco", "end_to_end"):
+        batch = images(8, 64) if quick else images(32, 112)
+        settings = ["engine.precision=fp32"] + (["model.backbone=resnet18"] if quick else [])
+        recipe = {"moco": "mocov2_r50_200ep", "end_to_end": "end_to_end_r50_200ep"}[kind]
+        return ours(recipe, settings, batch)
+    tensors = _regions.inputs(2 if quick else 8, 8192 if quick else 65536)
+    loss = {"fused": _regions.fused, "gathered": _regions.gathered}[kind]
+    return lambda: torch.autograd.grad(loss(*tensors), (tensors[0], tensors[2]))
+
+
+def peak(name: str, quick: bool) -> float:
+    """MiB of two steps of ``name`` in a process of its own, over what it held before."""
+    code = f"from benchmarks import step; step.memory_child({name!r}, {quick})"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(out.stdout.split()[-1])
+
+
+def memory_child(name: str, quick: bool) -> None:
+    """Prints the peak; the networks are held before, their gradients and moments are not."""
+    torch.set_num_threads(2)
+    run = side(name, quick)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        run()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def step_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+    """MoCo v3's step, time and memory."""
+    for precision in ("bf16", "fp32"):
+        rows = alternate({f"{k} {precision}": side(f"{k} {precision}", quick) for k in ("plain", "ours")}, rounds)
+        for name, row in rows.items():
+            figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
+            print(f"MoCo v3 step, {name:12s} {figures}", flush=True)
+        ratios[f"step_{precision}"] = rows[f"ours {precision}"]["ratio"]
+        ratios[f"step_{precision}_cpu"] = rows[f"ours {precision}"]["cpu_ratio"]
+    ratios["step_memory"] = compare("plain fp32", "ours fp32", quick)
+
+
+def table3_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+    """MoCo v2's table 3: MoCo against end-to-end at equal batch."""
+    rows = alternate({k: side(k, quick) for k in ("moco", "end_to_end")}, max(2, rounds - 4))
+    print(f"time, moco: {rows['moco']['seconds']:.3f} s, end to end: {rows['end_to_end']['seconds']:.3f} s", flush=True)
+    ratios["end_to_end_time"] = rows["end_to_end"]["cpu_ratio"]
+    ratios["end_to_end_memory"] = compare("moco", "end_to_end", quick)
+
+
+def regions_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+    """The region loss in both forms: memory, time, and that they are one function."""
+    ratios["region_memory"] = compare("gathered", "fused", quick)
+    sides = {k: side(k, quick) for k in ("gathered", "fused")}
+    worst = max(
+        float((x - y).abs().max() / x.abs().max())
+        for x, y in zip(*(run() for run in sides.values()), strict=True)  # fmt: skip
+    )
+    print(f"region loss, gradients of the two forms differ by {worst:.1e} of the largest")
+    rows = alternate(sides, 1 if quick else 2)
+    ratios["region_time"] = rows["fused"]["cpu_ratio"]
+
+
+def compare(a: str, b: str, quick: bool) -> float:
+    """Peak memory of ``b`` over ``a``'s."""
+    first, second = peak(a, quick), peak(b, quick)
+    print(f"peak memory, {a}: {first:.0f} MiB, {b}: {second:.0f} MiB, ratio {second / first:.3f}", flush=True)
+    return second / first
+
+
+PARTS = {"regions": regions_part, "step": step_part, "table3": table3_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small networks, few rounds")
+    parser.add_argument("--part", choices=PARTS, help="one part alone")
+    parser.add_argument("--rounds", type=int, help="rounds of the timings")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    keep_freed_memory()
+    rounds = args.rounds or (3 if args.quick else 7)
+    ratios: dict[str, float] = {}
+    print(f"{torch.get_num_threads()} threads, {rounds} rounds{', quick sizes' if args.quick else ''}", flush=True)
+    for name in [args.part] if args.part else PARTS:
+        PARTS[name](args.quick, rounds, ratios)
+    targets = {name: target for name, target in TARGETS.items() if name in ratios}
+    out = {"benchmark": "step", "ratios": {k: round(v, 4) for k, v in ratios.items()},
+           "targets": {k: round(v, 4) for k, v in targets.items()},
+           "met": all(ratios[k] <= v for k, v in targets.items())}  # fmt: skip
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()

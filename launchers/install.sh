@@ -1,7 +1,8 @@
 # Sourced by the other scripts: makes .venv with the pinned packages once, and puts it on PATH.
-# Usage: . launchers/install.sh [requirements file ...]   (default requirements.txt)
+# Usage: . launchers/install.sh     (set install_files=(FILE ...) before for other requirements than requirements.txt;
+# no arguments: to a sourced script, "no arguments" means those of its caller)
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-_files=("${@:-$_root/requirements.txt}")
+_files=("${install_files[@]:-$_root/requirements.txt}")
 _python="${PYTHON:-}"
 for _candidate in python3.11 python3.12 python3.13 python3; do
   [ -n "$_python" ] && break

@@ -21,6 +21,8 @@ options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_
 if [ -n "${NODE_RANK:-}" ]; then
   options+=(--no_ssh --node_rank "$NODE_RANK")
 else
+  # A host whose link is gone must not hold the launcher for ever: ssh gives it up after 15 seconds.
+  export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
   options+=(--launcher "${LAUNCHER:-pdsh}")
 fi
 exec deepspeed "${options[@]}" --module moe_cl pretrain "$@"

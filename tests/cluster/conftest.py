@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,15 @@ class Cluster:
         """A command on the first host (as a user logged in there would give it)."""
         inside = ["ip", "netns", "exec", "h1", *command]
         return subprocess.run(inside, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
+
+    def end_ranks(self) -> None:
+        """Kill what a job left on the hosts."""
+        for host in ("h1", "h2"):
+            pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()
+            for pid in pids:
+                command = Path(f"/proc/{pid}/cmdline")
+                if command.exists() and b"moe_cl" in command.read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def installed() -> str | None:

@@ -1,12 +1,16 @@
 """A hostfile, two hosts: experts across them, the same run as on one host; and what the doctor finds before a job."""
 
 import json
+import subprocess
+import time
+from subprocess import PIPE, STDOUT
 
 import pytest
 
+from moe_cl.engine.checkpoint import store
 from moe_cl.tracking.journal import read
 from tests.pool import free_port
-from tests.small import launch, settings
+from tests.small import ROOT, launch, settings
 
 pytestmark = pytest.mark.cluster
 
@@ -24,6 +28,37 @@ def test_experts_across_two_hosts_train_as_on_one(cluster, shards, tmp_path):
     alone = launch(2, *settings(shards, one, "moe.ep_size=2"))
     assert alone.returncode == 0, alone.stderr[-2000:]
     assert len(losses(out)) == 6 and losses(out) == losses(one)
+
+
+def test_a_link_that_goes_down_ends_the_run_with_a_name_and_the_restart_continues(cluster, shards, tmp_path):
+    out = tmp_path / "run"
+    command = ["ip", "netns", "exec", "h1", "bash", "launchers/multinode.sh", str(cluster.hostfile)]
+    options = settings(shards, out, "moe.ep_size=2", "schedule.epochs=200", "engine.collective_timeout=15", "--resume")
+    env = {**cluster.env, "MASTER_PORT": str(free_port())}
+    run = subprocess.Popen([*command, *options], cwd=ROOT, env=env, text=True, stdout=PIPE, stderr=STDOUT)
+    try:
+        wait_for(lambda: store.latest_complete(out) is not None, run)
+        subprocess.run(["ip", "-n", "h2", "link", "set", "eth0", "down"], check=True)
+        text, _ = run.communicate(timeout=90)
+        assert run.returncode != 0
+        assert "rank 1 stopped answering: its last sign was" in text and "--resume" in text, text[-3000:]
+    finally:
+        subprocess.run(["ip", "-n", "h2", "link", "set", "eth0", "up"], check=True)
+        cluster.end_ranks()
+    last = store.step_of(store.latest_complete(out))
+    more = ["schedule.epochs=200", f"schedule.max_steps={last + 4}", "--resume"]
+    again = launch(2, *settings(shards, out, "moe.ep_size=2", *more))
+    assert again.returncode == 0, again.stderr[-2000:]
+    steps = [line["step"] for line in read(out / "journal.jsonl") if line["kind"] == "step"]
+    assert steps == list(range(1, last + 5))
+
+
+def wait_for(condition, process, seconds=120):
+    """Until ``condition()``, while ``process`` lives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_doctor_measures_healthy_hosts(cluster, shards, tmp_path):

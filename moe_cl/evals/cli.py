@@ -15,6 +15,7 @@ PROTOCOLS = {
     "logistic": "moe_cl.evals.logistic",
     "fewshot": "moe_cl.evals.fewshot",
     "finetune": "moe_cl.evals.finetune",
+    "detection": "moe_cl.evals.detection",
     "correspondence": "moe_cl.evals.correspondence",
     "routing": "moe_cl.evals.routing",
     "statistics": "moe_cl.evals.statistics",

@@ -1,0 +1,341 @@
+"""Detection transfer: a pretrained ResNet fine-tuned in an R-CNN, scored by pycocotools (moco_jcl.md section 3).
+
+Schedules are in iterations of 16 images: lr .02, momentum .9, weight decay 1e-4, linear warm-up, x0.1 at the steps;
+other batches scale lr and lengths linearly (moco#11). Data are images and annotations in COCO's JSON; a VOC devkit is
+read as that (``--annotations voc:2007:trainval+2012:trainval``), difficult boxes as crowds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import statistics
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_cl.comm import Comm, LocalComm, mean_gradients
+from moe_cl.config import ConfigError
+from moe_cl.evals.sets import VOC_CLASSES
+
+if TYPE_CHECKING:
+    from moe_cl.evals.context import Context
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths at 16 images an iteration."""
+
+    iterations: int = 90_000
+    steps: tuple[int, ...] = (60_000, 80_000)
+    warmup: int = 1000
+    lr: float = 0.02
+    batch: int = 16
+    min_sizes: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+
+    def scaled(self, batch: int) -> Schedule:
+        """The same number of images seen with another batch."""
+        times = self.batch / batch
+        return Schedule(
+            round(self.iterations * times), tuple(round(s * times) for s in self.steps), round(self.warmup * times),
+            self.lr / times, batch, self.min_sizes,
+        )  # fmt: skip
+
+    def rate(self, iteration: int) -> float:
+        """Learning rate of an iteration."""
+        warm = min(1.0, 0.001 + 0.999 * iteration / max(self.warmup, 1))
+        return self.lr * warm * 0.1 ** sum(iteration >= s for s in self.steps)
+
+
+_VOC_SIZES = tuple(range(480, 801, 32))
+SCHEDULES = {
+    "coco_1x": Schedule(),
+    "coco_2x": Schedule(180_000, (120_000, 160_000)),
+    "voc_24k": Schedule(24_000, (18_000, 22_000), 100, min_sizes=_VOC_SIZES),
+}
+
+
+class CocoImages(torch.utils.data.Dataset):
+    """Images of an annotation file as (tensor in [0, 1], target of torchvision's detectors); crowds are left out."""
+
+    def __init__(self, folder: str | Path, annotations: str | Path):
+        name = str(annotations)
+        if name.startswith("voc:"):
+            annotations = voc_to_coco(folder, *(tuple(s.split(":")) for s in name.removeprefix("voc:").split("+")))
+        self.folder, self.coco = Path(folder), load_coco(annotations)
+        self.ids = sorted(self.coco.imgs)
+        categories = sorted(self.coco.cats)
+        self.class_of = {c: i + 1 for i, c in enumerate(categories)}  # 0 is the background
+        self.category_of = {i: c for c, i in self.class_of.items()}
+
+    def trainable(self) -> list[int]:
+        """Indices of images with at least one box."""
+        return [i for i, image in enumerate(self.ids) if self._annotations(image)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _annotations(self, image: int) -> list[dict[str, Any]]:
+        found = self.coco.loadAnns(self.coco.getAnnIds(image))
+        return [a for a in found if not a.get("iscrowd") and a["bbox"][2] > 1 and a["bbox"][3] > 1]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        from PIL import Image
+
+        image_id = self.ids[i]
+        path = self.folder / self.coco.imgs[image_id]["file_name"]
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255.0
+        things = self._annotations(image_id)
+        boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target = {
+            "boxes": boxes,
+            "labels": torch.tensor([self.class_of[a["category_id"]] for a in things], dtype=torch.int64),
+            "image_id": torch.tensor(image_id),
+        }
+        if things and all(a.get("segmentation") for a in things):
+            masks = np.stack([self.coco.annToMask(a) for a in things])
+            target["masks"] = torch.from_numpy(masks)
+        if things and all("keypoints" in a for a in things):
+            points = torch.tensor([a["keypoints"] for a in things], dtype=torch.float32)
+            target["keypoints"] = points.view(len(things), -1, 3)
+        return pixels, target
+
+
+def load_coco(annotations: str | Path | dict[str, Any]) -> Any:
+    """pycocotools' index of a file (or of the parsed JSON), quietly. Raises ConfigError."""
+    from pycocotools.coco import COCO
+
+    try:
+        tree = annotations if isinstance(annotations, dict) else json.loads(Path(annotations).read_text())
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO()
+            coco.dataset = tree
+            coco.createIndex()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{annotations}: not COCO annotations ({' '.join(str(error).split())[:100]})") from None
+    if not coco.imgs or not coco.cats:
+        raise ConfigError(f"{annotations}: no images or no categories in it")
+    return coco
+
+
+def voc_to_coco(root: str | Path, *splits: tuple[str, str]) -> dict[str, Any]:
+    """COCO's JSON of PASCAL VOC: ``root/VOC2007`` ..., splits such as ("2007", "trainval"); difficult = crowd."""
+    images: list[dict[str, Any]] = []
+    things: list[dict[str, Any]] = []
+    for year, split in splits:
+        folder = Path(root) / f"VOC{year}"
+        listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+        if not listed.is_file():
+            raise ConfigError(f"{listed} is missing; give the VOCdevkit folder")
+        for name in listed.read_text().split():
+            tree = ElementTree.parse(folder / "Annotations" / f"{name}.xml")
+            size = {k: int(tree.findtext(f"size/{k}")) for k in ("width", "height")}
+            images.append({"id": len(images) + 1, "file_name": f"VOC{year}/JPEGImages/{name}.jpg", **size})
+            for thing in tree.iter("object"):
+                x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+                box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]  # VOC counts pixels from 1, ends included
+                things.append({
+                    "id": len(things) + 1, "image_id": images[-1]["id"], "bbox": box, "area": box[2] * box[3],
+                    "category_id": VOC_CLASSES.index(thing.findtext("name")) + 1,
+                    "iscrowd": int(thing.findtext("difficult") or 0),
+                })  # fmt: skip
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(VOC_CLASSES)]
+    return {"images": images, "annotations": things, "categories": categories}
+
+
+def batches(data: CocoImages, schedule: Schedule, seed: int, comm: Comm) -> Iterator[tuple[list[Any], list[Any]]]:
+    """This rank's part of each global batch, without end; images are mirrored or not by (seed, place)."""
+    indices, position, order = np.array(data.trainable()), 0, np.array([], dtype=int)
+    epoch = 0
+    while True:
+        while len(order) < schedule.batch:
+            order = np.concatenate([order, np.random.default_rng([seed, epoch]).permutation(indices)])
+            epoch += 1
+        mine = order[: schedule.batch][comm.rank :: comm.world]
+        items = []
+        for offset, i in enumerate(mine):
+            image, target = data[int(i)]
+            flip = np.random.default_rng([seed, 1, position + offset * comm.world + comm.rank]).random() < 0.5
+            items.append(mirror(image, target) if flip else (image, target))
+        order, position = order[schedule.batch :], position + schedule.batch
+        yield [image for image, _ in items], [target for _, target in items]
+
+
+# COCO's person: left and right eyes, ears, shoulders ... change places in the mirror
+_MIRRORED = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
+
+
+def mirror(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Left and right exchanged."""
+    width, out = image.shape[2], dict(target)
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = width - target["boxes"][:, [2, 0]]
+    out["boxes"] = boxes
+    if "masks" in target:
+        out["masks"] = target["masks"].flip(2)
+    if "keypoints" in target:
+        points = target["keypoints"].clone()
+        points[..., 0] = torch.where(points[..., 2] > 0, width - 1 - points[..., 0], points[..., 0])
+        out["keypoints"] = points[:, _MIRRORED] if points.shape[1] == len(_MIRRORED) else points
+    return image.flip(2), out
+
+
+def train(
+    model: nn.Module, data: CocoImages, schedule: Schedule, *, seed: int = 0, comm: Comm | None = None,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+) -> list[float]:  # fmt: skip
+    """Fine-tune ``model`` in place; returns the loss of every iteration."""
+    comm, device = comm or LocalComm(), torch.device(device)
+    if not data.trainable():
+        raise ConfigError("eval detection: no training image has a box")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
+    model.to(device).train()
+    losses, source = [], batches(data, schedule, seed, comm)
+    torch.manual_seed(seed * 1000 + comm.rank)  # regions and anchors are sampled
+    for iteration in range(schedule.iterations):
+        images, targets = next(source)
+        optimizer.param_groups[0]["lr"] = schedule.rate(iteration)
+        images = [x.to(device) for x in images]
+        targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = sum(model(images, targets).values())
+        if not torch.isfinite(comm.all_reduce(loss.detach(), "mean")):
+            raise ConfigError(
+                f"detection: the loss is not finite at iteration {iteration}; lower --lr or warm up longer"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        mean_gradients(trained, comm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module, data: CocoImages, comm: Comm | None = None, device: torch.device | str = "cpu"
+) -> dict[str, list[dict[str, Any]]]:
+    """All ranks' detections in COCO's result format, by type: bbox, segm, keypoints."""
+    from pycocotools import mask as rle
+
+    comm = comm or LocalComm()
+    model.eval()
+    found: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": [], "keypoints": []}
+    for i in range(comm.rank, len(data), comm.world):
+        image, target = data[i]
+        (out,) = model([image.to(device)])
+        out = {k: v.cpu() for k, v in out.items()}
+        for n in range(len(out["scores"])):
+            x0, y0, x1, y1 = out["boxes"][n].tolist()
+            row = {"image_id": int(target["image_id"]), "category_id": data.category_of[int(out["labels"][n])]}
+            row["score"] = float(out["scores"][n])
+            found["bbox"].append({**row, "bbox": [x0, y0, x1 - x0, y1 - y0]})
+            if "masks" in out:
+                mask = rle.encode(np.asfortranarray((out["masks"][n, 0] > 0.5).numpy().astype(np.uint8)))
+                found["segm"].append({**row, "segmentation": {**mask, "counts": mask["counts"].decode()}})
+            if "keypoints" in out:
+                found["keypoints"].append({**row, "keypoints": out["keypoints"][n].flatten().tolist()})
+    parts = comm.gather_objects(found)
+    return {kind: [row for part in parts for row in part[kind]] for kind in found}
+
+
+def score(data: CocoImages, found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """COCO's AP, AP50 and AP75 of each type that was detected, in percent."""
+    from pycocotools.cocoeval import COCOeval
+
+    values: dict[str, float] = {}
+    for kind, rows in found.items():
+        if kind != "bbox" and not rows:
+            continue
+        figures = [0.0, 0.0, 0.0]
+        if rows:
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation = COCOeval(data.coco, data.coco.loadRes(copy.deepcopy(rows)), kind)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+            figures = [100.0 * max(float(v), 0.0) for v in evaluation.stats[:3]]
+        values |= {f"{kind}/{name}": v for name, v in zip(("AP", "AP50", "AP75"), figures, strict=True)}
+    return values
+
+
+HELP = "detection transfer of a ResNet: Mask and Keypoint R-CNN with FPN, or the C4 head; COCO metrics"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``eval detection``."""
+    parser.add_argument(
+        "--detector", choices=("mask_fpn", "keypoint_fpn", "box_fpn", "box_c4", "mask_c4"), default="mask_fpn"
+    )
+    parser.add_argument("--images", required=True, help="folder of the training images")
+    parser.add_argument("--annotations", required=True, help="their COCO JSON, or voc:YEAR:SPLIT")
+    parser.add_argument("--test-images", help="folder of the test images (default: --images)")
+    parser.add_argument("--test-annotations", required=True, help="their COCO JSON")
+    parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="coco_1x")
+    parser.add_argument("--train-batch", type=int, default=16, help="images an iteration, all ranks (default: 16)")
+    parser.add_argument("--iterations", type=int, help="instead of the schedule's; steps keep their place in it")
+    parser.add_argument("--lr", type=float, help="instead of the schedule's")
+    parser.add_argument("--min-size", type=int, nargs="+", help="short sides, the last one at test")
+    parser.add_argument("--rois", type=int, default=512, help="regions an image in training (default: 512)")
+    parser.add_argument("--precise-bn", type=int, default=200, help="batches for the statistics before the test")
+    parser.add_argument("--trials", type=int, default=1, help="trainings whose mean is given (VOC: 5)")
+
+
+def run(ctx: Context) -> dict[str, float]:
+    """Table and JSON of ``eval detection``."""
+    from dataclasses import replace
+
+    from moe_cl.evals.context import DTYPES
+    from moe_cl.evals.detectors import build_detector, precise_norms
+    from moe_cl.evals.record import record
+
+    args, comm = ctx.args, ctx.comm
+    schedule = SCHEDULES[args.schedule].scaled(args.train_batch)
+    if args.iterations:
+        times = args.iterations / schedule.iterations
+        steps = tuple(round(s * times) for s in schedule.steps)
+        schedule = replace(
+            schedule, iterations=args.iterations, steps=steps, warmup=min(schedule.warmup, args.iterations // 4)
+        )
+    schedule = replace(schedule, lr=args.lr or schedule.lr, min_sizes=tuple(args.min_size or schedule.min_sizes))
+    if args.train_batch % comm.world:
+        raise ConfigError(f"--train-batch {args.train_batch} must be a multiple of the {comm.world} ranks")
+    data = CocoImages(args.images, args.annotations)
+    test = CocoImages(args.test_images or args.images, args.test_annotations)
+    longest = round(max(schedule.min_sizes) * 1333 / 800)
+    trials: list[dict[str, float]] = []
+    for trial in range(args.trials):
+        torch.manual_seed(args.seed + trial)
+        net = copy.deepcopy(ctx.backbone)
+        sizes = {"min_size": schedule.min_sizes, "max_size": longest}
+        model = build_detector(net, args.detector, 1 + len(data.class_of), **sizes, rois=args.rois, comm=comm)
+        seed = args.seed + trial
+        losses = train(model, data, schedule, seed=seed, comm=comm, device=ctx.device, dtype=DTYPES[args.dtype])
+        if args.precise_bn:
+            source = batches(data, schedule, seed + 1, comm)
+            precise_norms(model, [_moved(next(source), ctx.device) for _ in range(args.precise_bn)])
+        trials.append(score(test, detect(model, test, comm, ctx.device)) | {"train_loss": losses[-1]})
+    values = {k: statistics.fmean(t[k] for t in trials) for k in trials[0]}
+    if comm.rank == 0:
+        rows = [[k, v, min(t[k] for t in trials), max(t[k] for t in trials)] for k, v in values.items()]
+        setting = vars(args) | {"schedule_used": asdict(schedule), "step": ctx.step, "recipe": ctx.cfg.recipe}
+        columns = ("figure", f"mean of {args.trials}", "min", "max")
+        record(ctx.out, "detection", ctx.step, values, setting, columns=columns, rows=rows, more={"trials": trials})
+    return values
+
+
+def _moved(batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: torch.device) -> tuple[list[Any], list[Any]]:
+    images, targets = batch
+    return [x.to(device) for x in images], [{k: v.to(device) for k, v in t.items()} for t in targets]

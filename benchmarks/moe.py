@@ -132,7 +132,7 @@ def skew(rounds: int, x: Tensor) -> dict[str, float]:
 
 
 def peak_memory(side: str, batch: int) -> float:
-    """MiB of a process of its own at the peak of training steps, over what it held before the first."""
+    """MiB of a process of its own at the peak of a training step, over what it held before."""
     code = f"from benchmarks import moe; moe.memory_child({side!r}, {batch})"
     return float(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -143,8 +143,7 @@ def memory_child(side: str, batch: int) -> None:
     net, x = model(side), torch.randn(batch, 3, 224, 224)
     forward(net, x[:1], "fp32")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
-        train_step(net, x, "fp32")
+    train_step(net, x, "fp32")
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
@@ -161,12 +160,9 @@ def times(batch: int, rounds: int) -> dict[str, float]:
             figures = alternate({side: partial(run, net, x, precision) for side, net in nets.items()}, rounds)
             for side, row in figures.items():
                 show(f"{name} {precision} {side}", row)
-            for suffix, side, kind in (
-                ("", "ours", "ratio"),
-                ("_cpu", "ours", "cpu_ratio"),
-                ("_native", "native", "ratio"),
-            ):
-                out[f"{name}_{precision}{suffix}"] = figures[side][kind]
+            for side, suffix in (("ours", ""), ("native", "_native")):
+                out[f"{name}_{precision}{suffix}"] = figures[side]["ratio"]
+                out[f"{name}_{precision}{suffix}_cpu"] = figures[side]["cpu_ratio"]
     return out
 
 
@@ -175,9 +171,8 @@ def images(sizes: list[int]) -> dict[str, float]:
     out, nets = {}, {side: model(side) for side in ("dense", "ours")}
     for size in sizes:
         x = torch.randn(size, 3, 224, 224)
-        figures = alternate(
-            {side: partial(forward, net, x, "fp32") for side, net in nets.items()}, 20 if size == 1 else 1
-        )
+        sides = {side: partial(forward, net, x, "fp32") for side, net in nets.items()}
+        figures = alternate(sides, 20 if size == 1 else 1)
         for side, row in figures.items():
             print(f"batch {size} {side}: {1e3 * row['seconds'] / size:.2f} ms an image", flush=True)
         out[f"image_batch_{size}"] = figures["ours"]["ratio"]

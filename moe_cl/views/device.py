@@ -9,6 +9,7 @@ Shapes: B samples, V_r views of resolution r, n samples that share a step, S pix
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +19,28 @@ from torch import Tensor
 from moe_cl import rng
 from moe_cl.views.blur import blur_kernel
 from moe_cl.views.draw import SLOTS, draw_operations
-from moe_cl.views.spec import ViewSpec
+from moe_cl.views.spec import Batch, ViewSpec
 
 Operations = tuple[tuple[str, float], ...]
 CPU_ROWS = 4  # as many views at once as stay in a core's cache
 _MIX = {"brightness", "contrast", "saturation", "gray"}
+
+
+def to_device(batch: Batch, where: torch.device, spec: ViewSpec, seed: int, epoch: int) -> Batch:
+    """The batch on ``where``, its views finished there if ``spec.implementation`` is "device".
+
+    Args:
+        batch: as the loader gives it.
+        where: the device the model is on.
+        spec: what the loader was told to make.
+        seed, epoch: of the run, and of the epoch the batch belongs to.
+    """
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "views"}
+    moved = {k: v if v is None else v.to(where, non_blocking=True) for k, v in fields.items()}
+    views = [v.to(where, non_blocking=True) for v in batch.views]
+    if spec.implementation == "device":
+        views = finish(views, spec, seed, epoch, batch.positions)
+    return Batch(views=views, **moved)
 
 
 def finish(views: Sequence[Tensor], spec: ViewSpec, seed: int, epoch: int, positions: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from moe_cl.config import ViewsConfig
 from moe_cl.views import augment, device, reference
-from moe_cl.views.spec import build_spec, collate
+from moe_cl.views.spec import Batch, build_spec, collate
 from tests.views.photo import photos
 
 UNITS = 255 * 0.226
@@ -60,6 +60,18 @@ def test_rows_of_different_orders_do_not_touch_each_other():
     factors = np.random.default_rng(0).uniform(0.2, 1.8, (len(orders), 3)).tolist()
     error = np.abs(errors([tuple(zip(o, f, strict=True)) for o, f in zip(orders, factors, strict=True)]))
     assert error.mean(axis=(1, 2, 3)).max() < 0.6
+
+
+@pytest.mark.parametrize("implementation", ["fast", "device"])
+def test_a_batch_arrives_finished_on_its_device(implementation):
+    spec = build_spec(ViewsConfig(size=32, implementation=implementation))
+    views, boxes = collate([augment.make_views(photos()[p], spec, 3, 1, p) for p in range(2)])
+    ids = torch.arange(2)
+    batch = device.to_device(Batch(views, boxes, ids, ids, ids), torch.device("cpu"), spec, 3, 1)
+    assert batch.keys is None and torch.equal(batch.boxes, boxes) and torch.equal(batch.positions, ids)
+    fast = dataclasses.replace(spec, implementation="fast")
+    want, _ = collate([augment.make_views(photos()[p], fast, 3, 1, p) for p in range(2)])
+    assert batch.views[0].dtype == torch.float32 and (batch.views[0] - want[0]).abs().mean() * UNITS < 1.0
 
 
 def test_an_operation_nobody_knows_is_an_error():

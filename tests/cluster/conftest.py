@@ -44,24 +44,22 @@ class Cluster:
                     os.kill(int(pid), signal.SIGKILL)
 
 
-def installed() -> str | None:
-    """None if the hosts can be made, else why not."""
+def install(programs: dict[str, str]) -> str | None:
+    """None if all of ``programs`` (name -> Debian package) are there, installed now where needed; else why not."""
     if os.geteuid() != 0:
         return "two hosts on one machine need root (network namespaces)"
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-    missing = [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]
+    missing = [package for program, package in programs.items() if shutil.which(program, path=path) is None]
     if missing and shutil.which("apt-get"):
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
         done = subprocess.run(["apt-get", "install", "-y", "-qq", *missing], capture_output=True, text=True)
-        if done.returncode:
-            return f"apt-get install {' '.join(missing)} failed: {done.stderr[-200:]}"
-        missing = []
+        return f"apt-get install {' '.join(missing)} failed: {done.stderr[-200:]}" if done.returncode else None
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    if why := installed():
+    if why := install(PACKAGES):
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("cluster")
     up = subprocess.run([HERE / "up.sh", folder], capture_output=True, text=True)

@@ -125,6 +125,33 @@ def test_a_token_travels_once_to_each_rank_that_holds_its_experts():
         assert routing.sent == sum(len({*h.tolist()} - {rank}) for h in homes)
 
 
+def test_bytes_sent_are_the_unique_pairs():
+    """Forward: counts, then rows with weights and ids, then rows back; the backward sends rows twice more."""
+    dim, k = 16, 2
+
+    def one(comm):
+        messages, plain_exchange = [], comm._exchange
+
+        def counting(x, send, recv):
+            messages.append((len(x) - send[comm.rank]) * x[:1].numel() * x.element_size())
+            return plain_exchange(x, send, recv)
+
+        comm._exchange = counting
+        layer = SparseMLP(dim, MoEConfig(experts=8, top_k=k), comm=comm)
+        x = torch.randn(2, 9 + comm.rank, dim, requires_grad=True)
+        y, routing = layer(x)
+        y.sum().backward()
+        away = [{*homes} - {comm.rank} for homes in (routing.indices // 2).view(-1, k).tolist()]
+        return messages, sum(map(len, away))
+
+    out = SimComm.run(4, one)
+    counts, there, back, grad_there, grad_back = (sum(m[i] for m, _ in out) for i in range(5))
+    pairs = sum(p for _, p in out)
+    assert counts == 4 * 3 * 8
+    assert there == pairs * (dim * 4 + k * (4 + 2)) and back == pairs * dim * 4
+    assert grad_there == pairs * dim * 4 and grad_back == pairs * (dim * 4 + k * 4)
+
+
 def test_the_same_model_for_every_layout():
     one = Experts(6, 12, 8, 0, "published", layer=1, seed=5)
     parts = [Experts(6, 12, 2, first, "published", layer=1, seed=5) for first in (0, 2, 4, 6)]

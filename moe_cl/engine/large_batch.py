@@ -63,7 +63,8 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
     def heads(encoder: Encoder) -> Tensor:
         with span("loss"):
             out = method.loss(student_out, teacher_out, whole, parts.comm)
-            out.metrics.update(telemetry.summarize(student_out, whole.boxes.shape[0], len(whole.sample_ids)))
+            views, samples = whole.boxes.shape[:2]
+            out.metrics.update(telemetry.summarize(student_out, views, samples, method.matched))
         outputs.append(out)
         return out.loss
 

@@ -85,7 +85,8 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
             teacher_out = teacher_pass(parts, batch, momentum if first else None)
             with span("loss"):
                 out = method.loss(student_out, teacher_out, batch, parts.comm)
-                out.metrics.update(telemetry.summarize(student_out, batch.boxes.shape[0], len(batch.sample_ids)))
+                views, samples = batch.boxes.shape[:2]
+                out.metrics.update(telemetry.summarize(student_out, views, samples, method.matched))
             outputs.append(out)
             return out.loss
 

@@ -101,6 +101,8 @@ class Method(nn.Module):
         """``statistics``: over which samples balance and consistency are taken (``moe_cl.losses.groups``)."""
         super().__init__()
         self.params, self.comm, self.statistics, self.progress = params, comm, statistics, Progress()
+        # patches of view 0 and their partners in view 1 (idx, valid), where the last loss matched them: for telemetry
+        self.matched: tuple[Tensor, Tensor] | None = None
         self.student: Net
         self.teacher: Net | None = None
 

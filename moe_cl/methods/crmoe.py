@@ -53,6 +53,7 @@ class CRMoE(mocov3.MoCoV3):
         match = None
         if p.consistency in ("overlap", "similarity"):
             match = self.match(batch.boxes, q_w.shape[3] - 1)
+            self.matched = match.idx1, match.valid1
             metrics["health/match_rate"] = (match.valid1.float().mean() + match.valid2.float().mean()) / 2
         total, per_layer = consistency(
             q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics, p.consistency

@@ -84,3 +84,9 @@ def test_names():
     with pytest.raises(methods.ConfigError, match="did you mean crmoe"):
         methods.get("crmo")
     assert all(methods.params_of(n).__name__ == "Params" for n in methods.NAMES)
+
+
+def test_crmoe_tells_how_matched_patches_are_routed():
+    run = prepared("crmoe", LocalComm(), True)
+    run.step(batch("crmoe"))
+    assert 0 <= run.metrics["moe/L0/agreement_patch"] <= 1 and 0 < run.metrics["health/match_rate"] <= 1

@@ -24,6 +24,7 @@ from moe_cl.tracking import environment, trace
 from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
 from moe_cl.tracking.trace import span
+from moe_cl.views.device import to_device
 from moe_cl.views.spec import build_spec
 
 
@@ -69,6 +70,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         for number in range(state["step"], total):
             begin = time.monotonic()
             micro_batches = next(loader)
+            micro_batches = [to_device(b, built.device, spec, cfg.seed, loader.epoch) for b in micro_batches]
             guard.at(number, micro_batches)
             lr = schedules.learning_rate(number, per_epoch, built.peak_lr, cfg.schedule)
             decay = schedules.weight_decay(number, per_epoch, cfg.optim, cfg.schedule.epochs)
@@ -167,5 +169,5 @@ def parameter_counts(student: torch.nn.Module, cfg: RunConfig, comm: Comm) -> tu
         if ".experts." in name:
             experts += p.numel() * cfg.moe.ep_size
         else:
-            dense += p.numel()
+            dense += getattr(p, "ds_numel", p.numel())  # ZeRO 3 leaves an empty tensor here
     return dense + experts, dense + experts * cfg.moe.top_k // max(1, cfg.moe.experts)

@@ -112,6 +112,15 @@ def test_accumulation_and_the_exact_large_batch_run(shards, tmp_path):
     assert losses["accumulated"] != pytest.approx(losses["plain"], rel=1e-2)
 
 
+def test_views_finished_on_the_device_train_as_those_of_the_loader(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=2", "views.implementation=device"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for mine, theirs in zip(steps(out), steps(whole), strict=False):
+        assert mine["samples"] == theirs["samples"]
+        assert mine["values"]["loss"] == pytest.approx(theirs["values"]["loss"], rel=0.05)
+
+
 def test_profile_writes_named_spans(shards, tmp_path):
     out = tmp_path / "run"
     done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=3", "engine.profile=[1, 1]"))

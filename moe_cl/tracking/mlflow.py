@@ -38,7 +38,11 @@ ENVIRONMENT = {
 
 def tracking_uri(out: Path, uri: str | None) -> str:
     """Where to: ``uri``, else MLFLOW_TRACKING_URI, else SQLite in the out dir."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / DATABASE}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or _embedded(out)
+
+
+def _embedded(out: Path) -> str:
+    return f"sqlite:///{out.resolve() / DATABASE}"
 
 
 def check(track: TrackConfig) -> None:
@@ -127,7 +131,7 @@ def start(
     database = uri.startswith("sqlite:")
     open_with = f"mlflow ui --backend-store-uri {shown}" if database else shown
     request = {
-        "uri": None if uri == tracking_uri(out, None) and database else shown,
+        "uri": None if uri == _embedded(out) else shown,
         "experiment": track.experiment,
         "run_name": track.run_name or out.resolve().name,
         "run_id": run_id,
@@ -180,14 +184,15 @@ def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status
         raise ConfigError(f"{out}: no tracked run here (track.json is missing); give a run's out dir")
     with open(out / LOCK, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            _take(lock)
+        except BlockingIOError:
             raise ConfigError(f"{out}: the run's own tracker is at work; wait until the run has ended") from None
         os.environ.update({**ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"})
         asked = uri or json.loads((out / "track.json").read_text()).get("uri")
         if asked and redact.HIDDEN in asked:  # credentials are not kept: they come from the environment again
             asked = os.environ.get("MLFLOW_TRACKING_URI") or asked
-        uri = tracking_uri(out, asked)
+        # A run that kept to its own data base goes on there, whatever the environment says today.
+        uri = asked or _embedded(out)
         sender = _sender(out, uri, live=False)
         if status:
             sender.state.status = status
@@ -209,6 +214,16 @@ def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status
         state = sender.state
         out_values = {"sent": sender.sent, "waiting": sender.waiting(), "done": error is None, "ended": ended}
         return out_values | {"run_id": state.run_id or None, "uri": redact.text(uri), "error": error}
+
+
+def _take(lock: Any) -> None:
+    """One sender a run. Raises BlockingIOError while another holds the lock; a file system without locks has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _say(f"{lock.name}: {error}; going on without a lock")
 
 
 def _sender(out: Path, uri: str, live: bool) -> Any:
@@ -273,7 +288,7 @@ def follow(out: Path, parent_pid: int) -> int:
         while True:
             done = False
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(lock)
                 sender = sender or _sender(out, os.environ["MLFLOW_TRACKING_URI"], live=True)
                 if parent.deadline is not None and parent.status not in (None, sender.state.status):
                     sender.state.status = parent.status

@@ -254,7 +254,7 @@ class Sender:
         if not self._metrics and not self._evaluations:
             for line in self._main.poll():
                 kind = line["kind"]
-                if kind == "evaluation":
+                if kind == "evaluation" and _whole(line):
                     self._evaluations.append(line)
                 elif kind == "event":
                     seen = self._events.setdefault(line["name"], [0, None])
@@ -269,7 +269,7 @@ class Sender:
         return bool(self._metrics or self._evaluations)
 
     def _take(self, line: dict[str, Any]) -> None:
-        if line["kind"] not in ("step", "evaluation"):
+        if line["kind"] not in ("step", "evaluation") or not _whole(line):
             return
         prefix = f"eval/{line['name']}/" if line["kind"] == "evaluation" else ""
         for key, value in _scalars(line.get("values", {})):
@@ -343,6 +343,11 @@ class Sender:
                     self.client.log_artifact(self.state.run_id, str(path), None if folder == "." else folder)
                     self.state.artifacts[name] = version
                     self.save()
+
+
+def _whole(line: dict[str, Any]) -> bool:
+    """A line that can be sent (a foreign one must not stop those after it)."""
+    return isinstance(line.get("step"), int) and isinstance(line.get("values"), dict)
 
 
 def _scalars(values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -72,6 +72,10 @@ def test_embedded_run_has_everything(tmp_path):
     out = tmp_path / "run"
     journal = Journal(out / "journal.jsonl")
     (out / "config.yaml").write_text("method: crmoe\n")
+    (out / "report.html").write_text("<p>report</p>")
+    (out / "figures").mkdir()
+    (out / "figures" / "loss.png").write_bytes(b"png")
+    journal.write("step", step=None, values="foreign")  # must not stop the lines after it
     config = {"method": "crmoe", "data": {"train": "https://me:pw@host/x?X-Amz-Signature=abc"}, "text": "x" * 7000}
     config["params"] = {f"p{i}": i for i in range(150)}
     data = [{"name": "fmnist", "digest": "0" * 64, "source": "shards/train", "profile": {"samples": 60000}}]
@@ -91,7 +95,7 @@ def test_embedded_run_has_everything(tmp_path):
     assert run.data.params["text"].endswith("[cut: 7000 characters]") and len(run.data.params["text"]) == 6000
     assert run.data.tags["method"] == "crmoe" and run.data.tags["event.bad image"] == "1 times, last at step 7"
     assert run.inputs.dataset_inputs[0].dataset.digest == "0" * 36
-    assert [f.path for f in client.list_artifacts(handle.run_id)] == ["config.yaml"]
+    assert [f.path for f in client.list_artifacts(handle.run_id)] == ["config.yaml", "figures", "report.html"]
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{handle.run_id}'")
     assert [(c.info.run_name, c.data.metrics["top1"]) for c in children] == [("knn@50", 0.81)]
     assert mlflow.sync(out)["sent"] == 0

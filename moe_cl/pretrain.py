@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_cl import config
+from moe_cl.allocator import keep_freed_memory
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
 from moe_cl.data.loader import Loader
@@ -47,6 +48,8 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             return 0
         comm = ranks.init(me, cfg.engine.collective_timeout)
         built = setup.build(cfg, comm)
+        if built.device.type == "cpu":
+            keep_freed_memory()
         parts, method = built.parts, built.parts.method
         tree = config.to_tree(cfg)
         checkpoints = stack.enter_context(

@@ -28,6 +28,7 @@ from moe_cl.allocator import keep_freed_memory
 from moe_cl.config import RunConfig
 from moe_cl.views.spec import Batch
 
+_ENV = dict(os.environ)  # as it is before this process joins a process group, for the processes that measure memory
 TARGETS = {"step_fp32_cpu": 1.02, "step_bf16_cpu": 1.02, "step_memory": 1.0, "region_memory": 1 / 3}
 
 
@@ -100,7 +101,7 @@ def side(name: str, quick: bool) -> Callable[[], object]:
 def peak(name: str, quick: bool) -> float:
     """MiB of two steps of ``name`` in a process of its own, over what it held before."""
     code = f"from benchmarks import step; step.memory_child({name!r}, {quick})"
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=_ENV)
     return float(out.stdout.split()[-1])
 
 

@@ -14,6 +14,7 @@ from moe_cl import config
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
+from moe_cl.data.ahead import Ahead
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
 from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
@@ -26,7 +27,9 @@ from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
 from moe_cl.tracking.trace import span
 from moe_cl.views.device import to_device
-from moe_cl.views.spec import build_spec
+from moe_cl.views.spec import Batch, build_spec
+
+EVENTS_EVERY = 50  # steps between looks at the other ranks' events: bad samples, retries
 
 
 def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
@@ -59,7 +62,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             )
         )  # fmt: skip
         guard.watch(comm, parts.engine, parts.student)
-        parts.stop = guard.requested
         state = (checkpoints.load() if cfg.resume else None) or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:
             loader.load_state_dict(state["loader"])
@@ -70,10 +72,15 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         knn_every = round(cfg.eval.knn_every * per_epoch)
         metrics: dict[str, float] = state.get("metrics", {})  # of the last evaluation, for checkpoint.keep_best
 
+        ahead = Ahead(loader)
+        parts.stop = lambda: guard.requested() or ahead.failed is not None
+        if lost := data_lost(ahead, comm, track, state["step"]):  # before the first step: nothing to save
+            return lost
+
         for number in range(state["step"], total):
             begin = time.monotonic()
-            micro_batches = next(loader)
-            micro_batches = [to_device(b, built.device, spec, cfg.seed, loader.epoch) for b in micro_batches]
+            data = ahead.take(last=number + 1 == total)
+            micro_batches = [to_device(b, built.device, spec, cfg.seed, data.epoch) for b in data.batches]
             guard.at(number, micro_batches)
             lr = schedules.learning_rate(number, per_epoch, built.peak_lr, cfg.schedule)
             decay = schedules.weight_decay(number, per_epoch, cfg.optim, cfg.schedule.epochs)
@@ -85,19 +92,24 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             loader.used()
             done, seconds = number + 1, time.monotonic() - begin
             values = agreed.metrics | {"lr": lr, "weight_decay": decay, "teacher_momentum": momentum}
-            values |= {"images_per_second": batch.global_batch / seconds, "data_wait": loader.wait_seconds / seconds}
-            track.step(done, values, digest_hex(agreed.digest))
+            values |= {"images_per_second": batch.global_batch / seconds, "data_wait": data.seconds / seconds}
+            more = {"sample_ids": sample_ids(micro_batches, comm)} if cfg.data.log_sample_ids else {}
+            track.step(done, values, digest_hex(agreed.digest), **more)
             if knn_every and (done % knn_every == 0 or done == total):
                 found = online_knn(cfg, built.evaluated, comm, built.device, built.dtype)
                 track.evaluation("knn", done, found)
                 metrics = {f"knn/{name}": float(value) for name, value in found.items()}
-            if done % save_every == 0 or done == total or agreed.stop:
+            saving = done % save_every == 0 or done == total or agreed.stop
+            if saving:
                 place = {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id, "metrics": metrics}
                 checkpoints.save(done, place)
-            for event in loader.drain_events() + checkpoints.drain_events():
-                track.event(**{"step": done, **event})
+            if saving or done % EVENTS_EVERY == 0:
+                for event in sum(comm.gather_objects(loader.drain_events()), checkpoints.drain_events()):
+                    track.event(**{"step": done, **event})
             if agreed.stop and done < total:
                 checkpoints.wait()
+                if lost := data_lost(ahead, comm, track, done):
+                    return lost
                 guard.stopped(done)
                 track.killed()
                 break
@@ -105,6 +117,20 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         for event in checkpoints.drain_events():
             track.event(**event)
     return 0
+
+
+def data_lost(ahead: Ahead, comm: Comm, track: Tracking, done: int) -> int:
+    """Exit code 1 on every rank, and the reason once, if some rank's data failed; else 0."""
+    reasons = [str(reason) for reason in comm.gather_objects(ahead.failed and str(ahead.failed)) if reason]
+    if not reasons:
+        return 0
+    track.failed(f"{reasons[0]} (stopped after step {done}; mend the data and start again with --resume)", done)
+    return 1
+
+
+def sample_ids(batches: list[Batch], comm: Comm) -> list[int]:
+    """The ids of the global batch, rank after rank."""
+    return comm.all_gather(torch.cat([batch.sample_ids for batch in batches])).tolist()
 
 
 def begin_from(cfg: RunConfig, checkpoints: Checkpointer, rank: int) -> dict[str, Any]:

@@ -121,6 +121,22 @@ def test_views_finished_on_the_device_train_as_those_of_the_loader(shards, whole
         assert mine["values"]["loss"] == pytest.approx(theirs["values"]["loss"], rel=0.05)
 
 
+def test_lost_data_on_one_rank_saves_and_stops_all(tmp_path):
+    shards = make_shards(tmp_path)
+    out = tmp_path / "run"
+    for tar in sorted(shards.glob("*.tar"))[1:]:  # the index stays: what it names is not there any more
+        tar.write_bytes(b"\0" * tar.stat().st_size)
+    options = ["moe.ep_size=2", "data.log_sample_ids=true"]
+    done = launch(2, *settings(shards, out, *options, "data.max_bad_fraction=0"))
+    assert done.returncode != 0
+    assert "start again with --resume" in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.count("moe_cl: ") == 1
+    lines = read(out / "journal.jsonl")
+    assert [line for line in lines if line["kind"] == "end"][-1]["status"] == "FAILED"
+    ran = [line for line in lines if line["kind"] == "step"]
+    assert all(len(set(line["sample_ids"])) == 16 for line in ran)
+
+
 def test_profile_writes_named_spans(shards, tmp_path):
     out = tmp_path / "run"
     done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=3", "engine.profile=[1, 1]"))

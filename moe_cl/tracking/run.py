@@ -82,6 +82,14 @@ class Tracking:
         """The run ends early because it was told to (a signal)."""
         self.status = "KILLED"
 
+    def failed(self, reason: str, step: int) -> None:
+        """The run ends early because it cannot go on; ``reason`` is one line."""
+        self.status = "FAILED"
+        self.journal.event("stopped", step, reason=reason)
+        self.progress.close()
+        if self.speaks:
+            print(f"moe_cl: {reason}", file=sys.stderr, flush=True)
+
     def __enter__(self) -> Tracking:
         return self
 

@@ -76,6 +76,7 @@ class CocoImages(torch.utils.data.Dataset):
         categories = sorted(self.coco.cats)
         self.class_of = {c: i + 1 for i, c in enumerate(categories)}  # 0 is the background
         self.category_of = {i: c for c, i in self.class_of.items()}
+        self.keypoints = max(len(c.get("keypoints", ())) for c in self.coco.cats.values()) or 17
 
     def trainable(self) -> list[int]:
         """Indices of images with at least one box."""
@@ -263,6 +264,8 @@ def score(data: CocoImages, found: dict[str, list[dict[str, Any]]]) -> dict[str,
         if rows:
             with contextlib.redirect_stdout(io.StringIO()):
                 evaluation = COCOeval(data.coco, data.coco.loadRes(copy.deepcopy(rows)), kind)
+                if kind == "keypoints" and data.keypoints != 17:  # pycocotools knows the 17 of a person
+                    evaluation.params.kpt_oks_sigmas = np.full(data.keypoints, 0.05)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -319,7 +322,7 @@ def run(ctx: Context) -> dict[str, float]:
     for trial in range(args.trials):
         torch.manual_seed(args.seed + trial)
         net = copy.deepcopy(ctx.backbone)
-        sizes = {"min_size": schedule.min_sizes, "max_size": longest}
+        sizes = {"min_size": schedule.min_sizes, "max_size": longest, "keypoints": data.keypoints}
         model = build_detector(net, args.detector, 1 + len(data.class_of), **sizes, rois=args.rois, comm=comm)
         seed = args.seed + trial
         losses = train(model, data, schedule, seed=seed, comm=comm, device=ctx.device, dtype=DTYPES[args.dtype])

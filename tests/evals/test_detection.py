@@ -72,7 +72,7 @@ def test_a_trained_toy_detector_finds_the_boxes(coco, tmp_path):
     out = tmp_path / "out"
     make_run(out, None, ModelConfig("resnet18"), moe="none")
     train, test = coco
-    options = ["--detector", "box_fpn", "--iterations", "30", "--lr", "0.02", "--train-batch", "4", "--min-size", "64"]
+    options = ["--detector", "box_fpn", "--iterations", "25", "--lr", "0.02", "--train-batch", "4", "--min-size", "64"]
     options += ["--rois", "16", "--precise-bn", "4", "--images", str(train), "--annotations", str(train / "coco.json")]
     options += ["--test-images", str(test), "--test-annotations", str(test / "coco.json")]
     assert main(["eval", "detection", "--checkpoint", str(out), *options]) == 0
@@ -96,6 +96,7 @@ def test_heads_give_losses_and_detections(coco, kind):
         assert isinstance(model.roi_heads.box_head.res5.norm, BatchNorm)
         assert model.backbone.out_channels == 256
         assert model.rpn.anchor_generator.num_anchors_per_location() == [15]
+    model.roi_heads.detections_per_img = 3
     found = detect(model, opened(coco[1]))
     assert set(found) == {"bbox", "segm", "keypoints"}
     score(opened(coco[1]), found)

@@ -65,6 +65,7 @@ def init(ranks: Ranks, timeout: float) -> Comm:
     with quiet():
         import deepspeed
         from deepspeed.accelerator import get_accelerator
+        from torch.distributed import distributed_c10d
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world == 1 and "MASTER_PORT" not in os.environ:
@@ -79,6 +80,8 @@ def init(ranks: Ranks, timeout: float) -> Comm:
         accelerator.set_device(ranks.local_rank)
     if on_cpu:
         leave_out_shm_op()
+    # Groups made later (DeepSpeed's expert and data-parallel ones) take this default, not the world's own time-out.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
     with quiet():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),

@@ -39,7 +39,7 @@ class GradientControl:
         self._lars = view.inner if isinstance(view.inner, LARS) else None
         if self._lars is not None and not view.zero:
             self._lars.units = {f.param: f.place.experts for f in view.fragments if f.place.experts}
-        matrices = [n for n, p in view.module.named_parameters() if p.requires_grad and p.dim() > 1]
+        matrices = [n for n, p in view.module.named_parameters() if p.requires_grad and len(view.places[n].shape) > 1]
         self._edges = {"grad/first": matrices[:1], "grad/last": matrices[-1:]}
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class GradientControl:
         """||c g + wd p||^2 from the three sums, so that one message serves clipping and LARS."""
         pieces: dict[Tensor, list[tuple[int, int, Tensor]]] = {}
         for fragment, slot, low, high in parts:
-            group = self.view.inner.param_groups[fragment.group]
+            group = self.view.settings(fragment)
             if group["adapt"]:
                 c, decay = factors[slot], group["weight_decay"]
                 square, dot, weight = sums[slot]

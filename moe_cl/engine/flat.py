@@ -1,8 +1,8 @@
 """One per-tensor view of what the engine keeps flat: gradients, fp32 masters and optimizer state of every rank.
 
 ZeRO 1 and 2 lay a group's parameters end to end and give each data-parallel rank one contiguous partition; experts have
-a data-parallel group of their own. A ``Fragment`` is the part of one parameter that this rank's partition holds. At
-stage 0 (or without an engine) a fragment is the whole parameter, held by ``copies`` ranks alike.
+a data-parallel group of their own. ZeRO 3 cuts every parameter by itself. A ``Fragment`` is the part of one parameter
+that this rank's partition holds. At stage 0 (or without an engine) it is the whole parameter, held by ``copies`` ranks.
 
 Everything per tensor (global norm, EsViT's clip, LARS, checkpoints) is written on fragments, once. DeepSpeed's own
 ``safe_get_full_*`` helpers know no expert optimizer state, and its norms are wrong with experts (issues 8475, 8613).
@@ -10,7 +10,7 @@ Everything per tensor (global norm, EsViT's clip, LARS, checkpoints) is written 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def placements(module: nn.Module, comm: Comm) -> dict[str, Placement]:
     """Placement of every parameter and buffer-free tensor of ``module`` (student or teacher), by name."""
     out = {}
     for name, p in module.named_parameters():
-        shape = tuple(p.shape)
+        shape = tuple(getattr(p, "ds_shape", p.shape))  # ZeRO 3 leaves an empty tensor on the module
         group = getattr(p, "group_name", None)
         if is_expert(name, p) and group is not None and comm.world > 1:
             from deepspeed.utils import groups
@@ -76,22 +76,46 @@ def placements(module: nn.Module, comm: Comm) -> dict[str, Placement]:
     return out
 
 
+def local(p: Tensor) -> tuple[int, Tensor]:
+    """What this rank holds of its local parameter: first flat element, and a view (ZeRO 3: a shard) of the values."""
+    if not hasattr(p, "ds_tensor"):
+        return 0, p.detach()
+    shard = p.ds_tensor.detach()
+    start = min(torch.distributed.get_rank() * shard.numel(), p.ds_numel)
+    return start, shard[: max(0, min(shard.numel(), p.ds_numel - start))]
+
+
+@torch.no_grad()
+def fill(p: Tensor, values: Callable[[int, int], Tensor]) -> None:
+    """Overwrite a local parameter; ``values(start, stop)`` gives flat elements of it."""
+    if not hasattr(p, "ds_tensor"):
+        p.copy_(values(0, p.numel()).view(p.shape))
+        return
+    start, shard = local(p)
+    if shard.numel():
+        shard.copy_(values(start, start + shard.numel()))
+    if p.numel() == p.ds_numel:  # small ones stay gathered between steps
+        p.data.copy_(values(0, p.ds_numel).view(p.shape))
+
+
 class FlatView:
     """Fragments of the optimizer's parameters and the tensors behind them.
 
     Args:
         module: gives the canonical names (the student's encoder).
-        optimizer: the engine's (``DeepSpeedZeroOptimizer`` of stage 1 or 2, or a torch optimizer at stage 0).
+        optimizer: the engine's (``DeepSpeedZeroOptimizer`` of stage 1 or 2, ``..._Stage3``, or torch's at stage 0).
         comm: all ranks.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any, comm: Comm | None = None):
         self.module, self.optimizer, self.comm = module, optimizer, comm or LocalComm()
-        self.zero = hasattr(optimizer, "single_partition_of_fp32_groups")
+        self.third = hasattr(optimizer, "fp32_partitioned_groups_flat")
+        self.zero = self.third or hasattr(optimizer, "single_partition_of_fp32_groups")
         self.inner: torch.optim.Optimizer = optimizer.optimizer if self.zero else optimizer
         self.places = placements(module, self.comm)
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self.fragments = list(self._zero_fragments() if self.zero else self._plain_fragments())
+        find = self._third_fragments if self.third else self._zero_fragments if self.zero else self._plain_fragments
+        self.fragments = list(find())
 
     # -- the map -------------------------------------------------------------------------------------------------
     def _plain_fragments(self) -> Iterator[Fragment]:
@@ -111,10 +135,33 @@ class FlatView:
                     name = self._names[id(p)]
                     yield Fragment(name, p, self.places[name], index, start - at, stop - at, start - begin)
 
+    def _third_fragments(self) -> Iterator[Fragment]:
+        opt = self.optimizer
+        for index, params in enumerate(opt.fp16_groups):
+            for p in params:
+                start, shard = local(p)
+                if shard.numel():
+                    name, offset = self._names[id(p)], int(opt.grad_position[opt.get_param_id(p)][1])
+                    yield Fragment(name, p, self.places[name], index, start, start + shard.numel(), offset)
+
+    def trained(self) -> set[str]:
+        """Names of all parameters of the optimizer, on whatever rank their pieces lie."""
+        if not self.zero:
+            return {fragment.name for fragment in self.fragments}
+        groups = self.optimizer.fp16_groups if self.third else self.optimizer.bit16_groups
+        return {self._names[id(p)] for group in groups for p in group}
+
     # -- the tensors ---------------------------------------------------------------------------------------------
     def holder(self, fragment: Fragment) -> Tensor:
         """The tensor the inner optimizer steps: a flat partition, or the parameter itself."""
+        if self.third:
+            return self.optimizer.fp32_partitioned_groups_flat[fragment.group]
         return self.optimizer.single_partition_of_fp32_groups[fragment.group] if self.zero else fragment.param
+
+    def settings(self, fragment: Fragment) -> dict[str, Any]:
+        """The parameter group (learning rate, decay ...) that the fragment is stepped with."""
+        group = fragment.group
+        return self.inner.param_groups[self.optimizer.sub_group_to_group_id[group] if self.third else group]
 
     def master(self, fragment: Fragment) -> Tensor:
         """fp32 weights of a fragment, a 1-D view."""
@@ -149,4 +196,4 @@ class FlatView:
 
     def frozen(self, fragment: Fragment) -> bool:
         """True if the fragment's group is frozen now."""
-        return bool(self.inner.param_groups[fragment.group].get("frozen"))
+        return bool(self.settings(fragment).get("frozen"))

@@ -111,11 +111,15 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
         engine, *_ = deepspeed.initialize(
             model=Student(student), optimizer=optim.build(groups, cfg.optim, peak), config=config
         )
+    if engine.zero_optimization_stage() == 3:
+        gather_for_backward(student.backbone)
     teacher = None
     if teacher_module is not None:
         teacher_module.to(device)
         if factory is not None:
             layer.place(teacher_module)  # the engine never sees it, so its experts' group must be set here
+        if engine.zero_optimization_stage() == 3:
+            shard(teacher_module, config)
         teacher = Teacher(teacher_module, student, lambda: autocast(device, config))
         method.bind(student, teacher)
     else:
@@ -124,6 +128,39 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     control = GradientControl(FlatView(student, engine.optimizer, comm), cfg.optim, _loss_scale(engine))
     parts = Parts(engine, student, teacher, method, comm, cfg.seed, control)
     return Built(parts, checks.precision_of(config), peak, device)
+
+
+def shard(module: nn.Module, config: dict[str, Any]) -> None:
+    """Cut a network without optimizer as ZeRO 3 cuts the student, gathered layer by layer in its forward."""
+    import deepspeed
+
+    plain = {key: value for key, value in config.items() if key != "torch_autocast"}  # the teacher's own context
+    # Nothing stays gathered between forwards: after an average of shards it would be stale.
+    plain["zero_optimization"] = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
+    with ranks.quiet():
+        deepspeed.initialize(model=module.requires_grad_(False), config=plain)
+
+
+def gather_for_backward(backbone: nn.Module) -> None:
+    """Have a backbone's own parameters (class token, learned positions) there when their gradients come.
+
+    DeepSpeed gathers a module's parameters before its backward by hooks on the tensors it returned; it does not find
+    them inside ``Encoded``. Parameters of the modules below are not touched by this.
+    """
+    own = [p for p in backbone.parameters(recurse=False) if p.requires_grad]
+
+    def gather(grad: torch.Tensor) -> None:
+        missing = [p for p in own if p.numel() != p.ds_numel]
+        if missing:
+            missing[0].all_gather(missing)
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        for x in (out.features, *out.regions):
+            if x.requires_grad:
+                x.register_hook(gather)
+
+    if own:
+        backbone.register_forward_hook(after)
 
 
 def _loss_scale(engine: Any) -> Callable[[], float] | None:

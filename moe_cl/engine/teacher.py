@@ -21,6 +21,14 @@ def ema_(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
 
+def held(p: nn.Parameter) -> Tensor:
+    """What this rank keeps of a parameter: all of it, or with ZeRO 3 its shard.
+
+    Student and teacher are cut alike, so the average of shards is the shard of the average; nothing is gathered for it.
+    """
+    return p.ds_tensor.detach() if hasattr(p, "ds_tensor") else p.detach()
+
+
 class Teacher:
     """Callable like the student (same forward, same precision context), never trained, never inside the engine.
 
@@ -42,13 +50,16 @@ class Teacher:
     def copy_student(self) -> None:
         """Start as an exact copy (parameters; buffers of the two fresh models are equal already)."""
         for mine, theirs in self._pairs:
-            mine.copy_(theirs)
+            held(mine).copy_(held(theirs))
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """One EMA step with the student's present weights; momentum in [0, 1]."""
-        moving = [(mine, theirs.detach()) for mine, theirs in self._pairs if theirs.requires_grad]
-        ema_([mine for mine, _ in moving], [theirs for _, theirs in moving], momentum)
+        moving = [pair for pair in self._pairs if pair[1].requires_grad]
+        ema_([held(mine) for mine, _ in moving], [held(theirs) for _, theirs in moving], momentum)
+        for mine, _ in moving:
+            if hasattr(mine, "ds_tensor") and mine.numel() == mine.ds_numel:
+                mine.partition()  # a gathered copy is stale now
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:

@@ -80,3 +80,22 @@ def test_a_round_trip_gives_back_every_byte(pool, saved, tmp_path):
         assert digests(path) == digests(first)
     shard = torch.tensor(Reader(path).tensor("student/moe.experts.w1").shape)
     assert shard.tolist() == [4, tiny.WIDTH, tiny.WIDTH]
+
+
+def test_stage_three_moves_too(pool, tmp_path):
+    """A dense run saved at (world 2, ZeRO 3) continues at other worlds and stages, and the other way round."""
+    results = pool.run(2, go, str(tmp_path / "a"), 3, 0, None, 0, 5, 2)
+    path, straight = latest_complete(tmp_path / "a"), results[0][0]
+    for world, stage in ((2, 3), (1, 0), (2, 2), (4, 3)):
+        for history, *_ in pool.run(world, go, str(tmp_path / "b"), stage, 0, str(path), 2, 5, None):
+            if (world, stage) == (2, 3):
+                assert history == straight[2:]
+            for (loss, norm), (want, want_norm) in zip(history, straight[2:], strict=True):
+                assert loss == pytest.approx(want, rel=1e-6)
+                assert norm == pytest.approx(want_norm, rel=2e-5)
+    first = path
+    for world, stage in ((1, 1), (2, 3), (4, 3), (1, 0)):
+        out = tmp_path / f"{world}-{stage}"
+        pool.run(world, resave, str(out), stage, 0, str(path))
+        path = latest_complete(out)
+        assert digests(path) == digests(first)

@@ -61,3 +61,16 @@ def test_a_frozen_last_layer_neither_decays_nor_counts(pool, stage):
     for still, unmoved, steps in pool.run(2, frozen_then_thawed, stage):
         assert still and not unmoved
         assert all(count == (1 if "last_layer" in name else 2) for name, count in steps.items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_stage_three_as_one_process(pool, world):
+    """ZeRO 3 (dense networks): the same norms, clips and LARS factors from its shards."""
+    want = pool.run(1, three_steps, 0, 0)[0]
+    for got in pool.run(world, three_steps, 3, 0):
+        for name, (history, state) in want.items():
+            for (loss, norm), (want_loss, want_norm) in zip(got[name][0], history, strict=True):
+                assert loss == pytest.approx(want_loss, rel=1e-5)
+                assert norm == pytest.approx(want_norm, rel=2e-5)
+            for key, value in got[name][1].items():
+                torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(state[key]), rtol=0, atol=2e-6)

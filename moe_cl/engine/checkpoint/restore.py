@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint.format import Reader
-from moe_cl.engine.flat import FlatView, Placement, placements
+from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 from moe_cl.engine.scaler import scaler_of
 
 
@@ -46,8 +46,8 @@ def load_module(
     check_names(reader, kind, shapes | {name: tuple(b.shape) for name, b in buffers.items()}, left)
     for name, p in module.named_parameters():
         if name not in left:
-            place = places[name]
-            p.copy_(reader.flat(f"{kind}/{name}", place.start, place.start + p.numel()).view(p.shape))
+            at = places[name].start
+            fill(p, lambda a, b, name=name, at=at: reader.flat(f"{kind}/{name}", at + a, at + b))
     for name, b in buffers.items():
         if name not in left:
             b.copy_(reader.tensor(f"{kind}/{name}"))
@@ -77,7 +77,8 @@ def refresh_masters(view: FlatView) -> None:
     """Masters from the model's parameters (after weights came from elsewhere)."""
     if view.zero:
         for fragment in view.fragments:
-            view.master(fragment).copy_(fragment.param.detach().reshape(-1)[fragment.start : fragment.stop])
+            start, held = local(fragment.param)
+            view.master(fragment).copy_(held.reshape(-1)[fragment.start - start : fragment.stop - start])
 
 
 @torch.no_grad()
@@ -117,11 +118,11 @@ def load_optimizer(reader: Reader, view: FlatView, steps: dict[str, float], skip
                     f"a partition ({fragment.name}): keep the recipe's parameter groups"
                 )
             # Fused AdamW wants the count on the tensor's device, the others on the host.
-            fused = view.inner.param_groups[fragment.group].get("fused")
+            fused = view.settings(fragment).get("fused")
             state["step"] = torch.tensor(count, dtype=torch.float32, device=holder.device if fused else "cpu")
     for holder in [h for h, state in view.inner.state.items() if not state]:
         del view.inner.state[holder]
-    if view.zero:
+    if view.zero and not view.third:
         view.optimizer._hp_optimizer_states_linked = False  # its links point into the old state
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_cl.engine.flat import FlatView, Placement, placements
+from moe_cl.engine.flat import FlatView, Placement, local, placements
 from moe_cl.engine.scaler import scaler_of
 
 
@@ -43,18 +43,12 @@ class Piece:
 def pieces(view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> list[Piece]:
     """Everything this rank writes of student, optimizer, teacher and method."""
     rank, out = view.comm.rank, list(_trained(view))
-    trained = {fragment.name for fragment in view.fragments} if not view.zero else _all_names(view)
-    out += _module("student", view.module, view.places, rank, skip=trained)
+    out += _module("student", view.module, view.places, rank, skip=view.trained())
     if teacher is not None:
         out += _module("teacher", teacher, placements(teacher, view.comm), rank)
     if method is not None and rank == 0:
         out += [Piece("method", name, tuple(b.shape), 0, b.detach()) for name, b in method.named_buffers()]
     return out
-
-
-def _all_names(view: FlatView) -> set[str]:
-    names = {id(p): name for name, p in view.module.named_parameters()}
-    return {names[id(p)] for group in view.optimizer.bit16_groups for p in group}
 
 
 def _trained(view: FlatView) -> Iterator[Piece]:
@@ -76,8 +70,12 @@ def _module(
     """Parameters not in ``skip``, dealt out among their holders; buffers of rank 0 (as DDP would broadcast them)."""
     for index, (name, p) in enumerate(module.named_parameters()):
         place = places[name]
-        if name not in skip and index % place.copies == place.copy:
-            yield Piece(kind, name, place.shape, place.start, p.detach())
+        if name in skip:
+            continue
+        start, held = local(p)
+        if hasattr(p, "ds_tensor") or index % place.copies == place.copy:
+            if held.numel():
+                yield Piece(kind, name, place.shape, place.start + start, held)
     if rank == 0:
         saved = set(module.state_dict(keep_vars=True))
         for name, b in module.named_buffers():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import foreign, restore, store
 from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest, verify_file
-from moe_cl.engine.flat import FlatView, Placement, placements
+from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 
 
 @dataclass
@@ -136,8 +136,8 @@ def _load(
             )
     for name, p in module.named_parameters():
         if name in state:
-            place = places[name]
-            p.copy_(state[name].reshape(-1)[place.start : place.start + p.numel()].view(p.shape))
+            at, flat = places[name].start, state[name].reshape(-1)
+            fill(p, lambda a, b, at=at, flat=flat: flat[at + a : at + b])
     for name, b in buffers.items():
         if name in state:
             b.copy_(state[name])
@@ -162,4 +162,8 @@ def _copy(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> None:
     own = dict(teacher.named_parameters())
     for name in names:
         if name in own and name in source:
-            own[name].copy_(source[name])
+            start, held = local(source[name])
+            mine = local(own[name])[1]
+            mine.copy_(held)
+            if own[name].numel() == source[name].numel():
+                own[name].data.copy_(source[name].data)

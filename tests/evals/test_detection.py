@@ -72,8 +72,8 @@ def test_a_trained_toy_detector_finds_the_boxes(coco, tmp_path):
     out = tmp_path / "out"
     make_run(out, None, ModelConfig("resnet18"), moe="none")
     train, test = coco
-    options = ["--detector", "box_fpn", "--iterations", "25", "--lr", "0.02", "--train-batch", "4", "--min-size", "64"]
-    options += ["--rois", "16", "--precise-bn", "4", "--images", str(train), "--annotations", str(train / "coco.json")]
+    options = ["--detector", "box_fpn", "--iterations", "16", "--lr", "0.02", "--train-batch", "4", "--min-size", "64"]
+    options += ["--rois", "16", "--precise-bn", "3", "--images", str(train), "--annotations", str(train / "coco.json")]
     options += ["--test-images", str(test), "--test-annotations", str(test / "coco.json")]
     assert main(["eval", "detection", "--checkpoint", str(out), *options]) == 0
     found = json.loads((out / "evals" / "detection.json").read_text())

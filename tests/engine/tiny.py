@@ -104,8 +104,8 @@ class Run:
 
 
 def same_ids() -> None:
-    """ZeRO 3 numbers modules and parameters by process-wide counters and compares them over ranks; the pool's ranks have
-    not all seen the same tests."""
+    """ZeRO 3 numbers modules and parameters by counters of the process and compares them over ranks; the pool's ranks
+    have not all seen the same tests."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
 

@@ -44,11 +44,13 @@ def end(procs, number=signal.SIGKILL):
         proc.wait(timeout=60)
 
 
-def wait(procs, seconds=180):
-    """Exit codes once all ranks have ended."""
+def wait(procs, seconds=400):
+    """Exit codes once all ranks have ended (the limit is for a busy machine; a hang is longer)."""
     deadline = time.monotonic() + seconds
     while any(p.poll() is None for p in procs):
-        assert time.monotonic() < deadline, "a rank does not end"
+        if time.monotonic() > deadline:
+            end(procs)
+            raise AssertionError("a rank does not end")
         time.sleep(0.05)
     return [p.returncode for p in procs]
 

@@ -1,4 +1,4 @@
-"""The frozen encoder of a run, for inference on one process: any checkpoint, experts merged, no process group."""
+"""The frozen encoder of a run or an exported folder, for inference in one process: experts merged, no process group."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moe_cl.comm import LocalComm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine.checkpoint import store
 from moe_cl.engine.checkpoint.format import Reader, read_manifest
+from moe_cl.models import folder
 from moe_cl.models.build import from_config
 
 
@@ -44,12 +45,14 @@ def load(out: Path, which: str = "auto") -> tuple[nn.Module, RunConfig, int]:
     """Backbone with a checkpoint's weights, the run's config and the checkpoint's step.
 
     Args:
-        out: run directory or checkpoint directory.
+        out: run directory, checkpoint directory, or a folder that ``export`` or ``import`` wrote.
         which: ``teacher``, ``student``, or ``auto``: the teacher where there is one.
 
     Raises:
         ConfigError: nothing there, damaged, or of another model.
     """
+    if folder.is_folder(out):
+        return _exported(out, which)
     path = checkpoint_of(out)
     cfg, reader, step = run_config(path), Reader(path), read_manifest(path).step
     if which == "auto":
@@ -60,3 +63,13 @@ def load(out: Path, which: str = "auto") -> tuple[nn.Module, RunConfig, int]:
         raise ConfigError(f"{path.name} has no {which}; choose teacher or student")
     module.load_state_dict({name.removeprefix("backbone."): reader.tensor(f"{which}/{name}") for name in names})
     return module, cfg, step
+
+
+def _exported(out: Path, which: str) -> tuple[nn.Module, RunConfig, int]:
+    module, settings = folder.load(out)
+    source = settings.source
+    if which != "auto" and which != source.get("which"):
+        raise ConfigError(f"{out} holds a {source.get('which')}, no {which}; leave --which at auto")
+    cfg = RunConfig(recipe=str(source.get("recipe", "")), out=str(out))
+    cfg.model, cfg.moe, cfg.views = settings.model, settings.moe, settings.views
+    return module, cfg, int(source.get("step", 0))

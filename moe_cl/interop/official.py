@@ -14,6 +14,7 @@ from moe_cl.config import ConfigError
 
 _EXPERTS = {
     ".mlp.gate.w_gate": ".mlp.router.weight",
+    ".mlp.gate.w_noise": ".mlp.router.noise_weight",
     ".mlp.experts.htoh4.weight": ".mlp.experts.w1",  # (E, H, D)
     ".mlp.experts.htoh4.bias": ".mlp.experts.b1",
     ".mlp.experts.h4toh.weight": ".mlp.experts.w2",  # (E, D, H)

@@ -19,6 +19,8 @@ from moe_cl.config import ConfigError
 VERBS = {
     "pretrain": ("moe_cl.cli", "pretrain an encoder from a recipe"),
     "eval": ("moe_cl.evals.cli", "measure a pretrained encoder (kNN, linear probe, ...)"),
+    "export": ("moe_cl.interop.export", "an encoder for timm, torchvision, Hugging Face, Detectron2, or inference"),
+    "import": ("moe_cl.interop.importing", "published weights (MoCo, JCL, CR-MoE, EsViT, DINO, timm, torchvision) in"),
     "checkpoint": ("moe_cl.engine.checkpoint.cli", "list, verify, convert and compare checkpoints"),
     "track": ("moe_cl.tracking.cli", "send a run's journal to MLflow"),
     "report": ("moe_cl.reports.cli", "write the HTML report of one run, or compare several"),

@@ -48,9 +48,9 @@ def alone(pool, tmp_path_factory):
 def test_every_layout_trains_the_same_model(pool, tmp_path, alone, world, ep, stage):
     runs = [(out[0], out[2], out[3]) for out in pool.run(world, _train_ep, str(tmp_path / "run"), ep, stage)]
     for losses, student, teacher in runs:
-        assert losses == pytest.approx(alone[0], rel=3e-6)
-        close(alone[2], student, 5e-6)
-        close(alone[3], teacher, 5e-6)
+        assert losses == pytest.approx(alone[0], rel=1e-5)
+        close(alone[2], student, 1e-5)
+        close(alone[3], teacher, 1e-5)
 
 
 def _train_ep(comm, out, ep, stage):

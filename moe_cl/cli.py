@@ -27,7 +27,18 @@ VERBS = {
     "doctor": ("moe_cl.planning.doctor", "check this machine, or the hosts of a hostfile, before a job"),
     "recipes": ("moe_cl.recipes.cli", "list recipes, or print one resolved"),
 }
+# Settings of the data that are wanted often enough to be options too (data.NAME=VALUE says the same).
+DATA_OPTIONS = {
+    "--retry-seconds": (float, "how long an unreachable source is tried again before the run saves and stops"),
+    "--max-bad-fraction": (float, "share of bad samples above which the run stops"),
+    "--max-pixels": (int, "larger images are not decoded"),
+    "--log-sample-ids": (bool, "write the ids of every step's samples to the journal"),
+}
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
+
+
+def _name(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="training shards: folder with dataset.json, brace pattern or URL")
     parser.add_argument("--epochs", type=float, help="same as schedule.epochs=N")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, if any")
+    for option, (kind, text) in DATA_OPTIONS.items():
+        more = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(option, **more, help=text)
     parser.add_argument(
         "--check", type=int, metavar="RANKS", help="only check settings and data for that many ranks, and exit"
     )
@@ -47,7 +61,9 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunCon
     """The typed config of ``pretrain``'s command line. Raises ConfigError."""
     from moe_cl import methods
 
-    for key, value in (("out", args.out), ("data.train", args.data), ("schedule.epochs", args.epochs)):
+    given = [("out", args.out), ("data.train", args.data), ("schedule.epochs", args.epochs)]
+    given += [(f"data.{name}", getattr(args, name) or None) for name in map(_name, DATA_OPTIONS)]
+    for key, value in given:
         if value is not None:
             overrides = [*overrides, f"{key}={value}"]
     cfg = config.load(args.recipe, overrides, methods.params_of)

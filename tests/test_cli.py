@@ -78,6 +78,17 @@ def test_good_settings_pass_the_check(shards, tmp_path):
     assert cli.main(["pretrain", "--check", "2", *settings(shards, tmp_path / "run")]) == 0
 
 
+def test_options_of_the_data_are_settings(shards, tmp_path, monkeypatch):
+    from moe_cl import pretrain
+
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda cfg, me: seen.append(cfg) or 0)
+    words = ["--retry-seconds", "7", "--max-bad-fraction", "0.5", "--max-pixels", "1000", "--log-sample-ids"]
+    assert cli.main(["pretrain", *settings(shards, tmp_path / "run", "moe.ep_size=1"), *words]) == 0
+    data = seen[0].data
+    assert (data.retry_seconds, data.max_bad_fraction, data.max_pixels, data.log_sample_ids) == (7.0, 0.5, 1000, True)
+
+
 def test_ranks_that_do_not_fit_end_before_they_meet(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")

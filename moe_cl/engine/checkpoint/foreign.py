@@ -34,7 +34,8 @@ def read_torch(path: Path) -> Any:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"{path}: not read, because it holds more than tensors and plain values ({reason})") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: no readable torch file ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it is empty"])[0]  # torch's EOFError says nothing
+        raise ConfigError(f"{path}: no readable torch file ({reason})") from None
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def build(folder: Path, quick: bool):
 
     size, samples = (64, 8) if quick else (224, 8)
     options = {"dim": 192, "depth": 4, "heads": 3, "img_size": size} if quick else {}
-    cfg = RunConfig(method="crmoe", params=build(methods.params_of("crmoe"), {}), teacher=TeacherConfig(0.99))
+    params = build(methods.params_of("crmoe"), {"mlp_dim": 512} if quick else {})
+    cfg = RunConfig(method="crmoe", params=params, teacher=TeacherConfig(0.99))
     cfg.model, cfg.moe = ModelConfig("vmoe_small", options), MoEConfig("odd", experts=16)
     cfg.batch, cfg.optim = BatchConfig(samples), OptimConfig("adamw")
     cfg.engine.precision, cfg.engine.ds_config = "fp32", "ds_configs/cpu_zero1.json"

@@ -7,9 +7,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; }
 
-out=runs/quickstart data=fashion-mnist from=() pass=()
+out="" data=fashion-mnist from=() pass=()
 need() { [ $# -ge 2 ] && [ -n "$2" ] || { echo "quickstart: $1 needs a value" >&2; exit 2; }; }
 while [ $# -gt 0 ]; do
+  case "$1" in
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+    out=*) out="${1#out=}"; shift; continue ;;
+  esac
   case "$1" in
     -h | --help) usage; exit 0 ;;
     --out) need "$@"; out="$2"; shift 2 ;;
@@ -25,6 +29,10 @@ case "$data" in
   digits) recipe=crmoe_vit_micro_digits ;;
   *) echo "quickstart: --data is fashion-mnist or digits, not '$data'" >&2; exit 2 ;;
 esac
+if [ -z "$out" ]; then
+  out=runs/quickstart
+  [ "$data" = fashion-mnist ] || out="runs/quickstart-$data"
+fi
 
 . launchers/install.sh
 export DS_ACCELERATOR=cpu

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return main_pretrain(args)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
+        if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # one line a host, not one a rank
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

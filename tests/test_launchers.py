@@ -23,6 +23,7 @@ def test_the_shell_can_read_it(name):
     [
         (["launchers/quickstart.sh", "--epoch", "3"], "quickstart: unknown option --epoch (see --help)"),
         (["launchers/quickstart.sh", "--out"], "quickstart: --out needs a value"),
+        (["launchers/quickstart.sh", "--data=imagenet"], "--data is fashion-mnist or digits, not 'imagenet'"),
         (["launchers/quickstart.sh", "--data", "imagenet"], "--data is fashion-mnist or digits, not 'imagenet'"),
         (["launchers/local.sh", "2", "--recipe", "crmoe_vit_mikro_fmnist"], "did you mean crmoe_vit_micro_fmnist?"),
         (["launchers/local.sh", "3", "--recipe", "crmoe_vit_micro_fmnist"], "does not divide the 3 ranks"),

@@ -94,6 +94,12 @@ def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
     assert [line["step"] for line in steps(out)] == [1, 2]
     again = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", "--resume"))
     assert again.returncode == 0 and "nothing to resume" in again.stdout
+    for change, says in (
+        ([], "add --resume to continue that run"),
+        (["--resume", "seed=1"], "another seed (0, here 1)"),
+    ):
+        other = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", *change))
+        assert other.returncode == 2 and says in other.stderr and other.stderr.strip().count("\n") == 0
 
 
 def test_accumulation_and_the_exact_large_batch_run(shards, tmp_path):

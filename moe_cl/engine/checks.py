@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -90,9 +91,12 @@ def read_json(path: str) -> dict[str, Any]:
     for candidate in (Path(path), here / path, here / "ds_configs" / path, here / "ds_configs" / f"{path}.json"):
         if candidate.is_file():
             try:
-                return json.loads(candidate.read_text())
-            except json.JSONDecodeError as error:
+                tree = json.loads(candidate.read_text())
+            except ValueError as error:
                 raise ConfigError(f"{candidate}: not valid JSON: {error}") from None
+            if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization", {}), dict):
+                raise ConfigError(f"{candidate}: a DeepSpeed config is a mapping, and so is its zero_optimization")
+            return tree
     names = ", ".join(sorted(p.stem for p in (here / "ds_configs").glob("*.json")))
     raise ConfigError(f"engine.ds_config {path!r} is no file; ds_configs/ has {names}")
 
@@ -155,14 +159,38 @@ def precision_of(config: dict[str, Any]) -> str:
     return {"bfloat16": "bf16", "float16": "fp16"}[section["dtype"]] if section["enabled"] else "fp32"
 
 
+def check_values(cfg: RunConfig) -> None:
+    """Numbers outside of what they can mean."""
+    s, c, o, t, e = cfg.schedule, cfg.checkpoint, cfg.optim, cfg.teacher, cfg.engine
+    for name, good, text in (
+        ("schedule.epochs", math.isfinite(s.epochs) and s.epochs > 0, "must be above 0"),
+        ("schedule.max_steps", s.max_steps is None or s.max_steps >= 1, "must be at least 1"),
+        ("checkpoint.every_steps", c.every_steps is None or c.every_steps >= 1, "must be at least 1"),
+        ("checkpoint.every_epochs", c.every_epochs > 0, "must be above 0"),
+        ("optim.base_lr", math.isfinite(o.base_lr) and o.base_lr >= 0, "must be a number from 0"),
+        ("optim.betas", len(o.betas) == 2, "takes two numbers, for example [0.9, 0.999]"),
+        ("teacher.momentum", 0 <= t.momentum <= 1, "lies between 0 and 1"),
+        ("engine.threads", e.threads is None or e.threads >= 1, "must be at least 1"),
+        ("engine.collective_timeout", e.collective_timeout > 0, "must be above 0 seconds"),
+        ("engine.profile", e.profile is None or len(e.profile) == 2, "takes two steps: [from, to]"),
+        ("moe.hidden_ratio", cfg.moe.hidden_ratio > 0, "must be above 0"),
+        ("seed", cfg.seed >= 0, "must be 0 or more"),
+        ("eval.k", cfg.eval.k >= 1, "must be at least 1"),
+    ):
+        if not good:
+            value: Any = cfg
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{name} {value} {text}")
+
+
 def check(cfg: RunConfig, world: int) -> BatchIdentity:
     """Everything above, and the machine's own tools. Raises ConfigError."""
     on_cpu = os.environ.get("DS_ACCELERATOR", "") == "cpu"
     check_moe(cfg, world)
     batch = batch_identity(cfg, world)
     ds_config(cfg, world, on_cpu)
-    if cfg.schedule.epochs <= 0:
-        raise ConfigError(f"schedule.epochs {cfg.schedule.epochs} must be above 0")
+    check_values(cfg)
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_cl import config
 from moe_cl.evals import pretrained
 from moe_cl.evals.context import Context, class_count
 from moe_cl.evals.features import Encode, extract, frozen
@@ -82,5 +83,7 @@ def run(ctx: Context) -> dict[str, float]:
     if ctx.comm.rank == 0:
         setting = ctx.setting(k=k, temperature=temperature, bank=len(bank[0]), tested=len(test[0]))
         record(ctx.out, "summary", ctx.step, values, setting, columns=("", "top-1", "top-5"), rows=rows)
-        write_json(ctx.out / "summary.json", {**values, "step": ctx.step, "setting": setting})
+        write_json(
+            ctx.out / "summary.json", {**values, "step": ctx.step, "setting": setting, "run": config.to_tree(ctx.cfg)}
+        )
     return values

@@ -6,6 +6,7 @@ RANK=r WORLD_SIZE=n MASTER_ADDR=... MASTER_PORT=... python -m moe_cl.planning.li
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -54,7 +55,9 @@ def main() -> int:
     result = measure(comm, comm.device)
     if me.rank == 0:
         print(json.dumps(result), flush=True)
-    return 0
+    comm.barrier()
+    # gloo's threads may abort in the interpreter's teardown ("terminate called"), after everything was said.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 from moe_cl.comm import Comm
 
-_RECORD = struct.Struct("<qqd48s")  # step, number of the sign in this run, unix time, what
+_RECORD = struct.Struct("<qqd48s32s")  # step, number of the sign in this run, unix time, what, host
 
 
 class RankLost(RuntimeError):
@@ -33,6 +34,7 @@ class Sign:
     count: int
     when: float
     what: str
+    host: str
 
 
 class Heartbeat:
@@ -45,6 +47,7 @@ class Heartbeat:
 
     def __init__(self, out: str | Path, rank: int):
         self.folder, self.rank, self.step, self._count = Path(out) / "heartbeats", rank, 0, 0
+        self._host = socket.gethostname().encode()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = _path(self.folder, rank)
         path.write_bytes(bytes(_RECORD.size))
@@ -55,7 +58,7 @@ class Heartbeat:
     def __call__(self, what: str) -> None:
         """Note ``what`` is about to happen."""
         self._count += 1
-        self._map[:] = _RECORD.pack(self.step, self._count, time.time(), what.encode()[:48])
+        self._map[:] = _RECORD.pack(self.step, self._count, time.time(), what.encode()[:48], self._host)
 
     def attach(self, comm: Comm, engine: Any = None) -> None:
         """Beat before every collective of ``comm`` and before the engine's own (gradient reduction, weight gather)."""
@@ -88,8 +91,8 @@ def read(out: str | Path, world: int) -> list[Sign]:
     signs = []
     for rank in range(world):
         with contextlib.suppress(OSError, struct.error):
-            step, count, when, what = _RECORD.unpack(_path(Path(out) / "heartbeats", rank).read_bytes())
-            signs.append(Sign(rank, step, count, when, what.rstrip(b"\0").decode()))
+            step, count, when, what, host = _RECORD.unpack(_path(Path(out) / "heartbeats", rank).read_bytes())
+            signs.append(Sign(rank, step, count, when, *(word.rstrip(b"\0").decode() for word in (what, host))))
     return signs
 
 
@@ -109,14 +112,28 @@ def survivors(heartbeat: Heartbeat, world: int) -> Iterator[None]:
     except RuntimeError as error:
         if world == 1 or not _of_a_collective(error):
             raise
-        now, signs = time.time(), read(heartbeat.folder.parent, world)
-        others = [sign for sign in signs if sign.rank != heartbeat.rank] or signs
-        late, mine = behind(others), next(s for s in signs if s.rank == heartbeat.rank)
-        raise RankLost(
-            f"rank {late.rank} stopped answering: its last sign was {late.what!r} in step {late.step}, "
-            f"{now - late.when:.0f} s ago; rank {heartbeat.rank} waited in {mine.what!r} of step {mine.step}. "
-            "Start again with --resume"
-        ) from error
+        raise RankLost(_who(read(heartbeat.folder.parent, world), heartbeat.rank, world)) from error
+
+
+def _who(signs: list[Sign], me: int, world: int) -> str:
+    """The survivor's line: which rank, on which host, did not come, or stopped answering where."""
+    mine = next(sign for sign in signs if sign.rank == me)
+    if mine.count == 1:
+        # The ranks have not met yet: whoever came to the meeting has given this one sign too, and what else lies in
+        # the folder is of an earlier run.
+        came = {sign.rank for sign in signs if sign.count == 1}
+        missing = [str(rank) for rank in range(world) if rank not in came]
+        if missing:
+            return (
+                f"rank {', '.join(missing)} of {world} did not come to the start; rank {me} waited on {mine.host}. "
+                "Look there for its own message, and ask `python -m moe_cl doctor --hostfile` about the hosts"
+            )
+    late = behind([sign for sign in signs if sign.rank != me] or signs)
+    return (
+        f"rank {late.rank} stopped answering: its last sign was {late.what!r} in step {late.step}, "
+        f"{time.time() - late.when:.0f} s ago, on host {late.host}; "
+        f"rank {me} on {mine.host} waited in {mine.what!r} of step {mine.step}. Start again with --resume"
+    )
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
@@ -23,9 +24,21 @@ def test_signs_outlive_the_writer_and_the_slowest_is_named(tmp_path):
     assert [s.rank for s in signs] == [0, 1, 2]
     late = heartbeat.behind(signs)
     assert (late.rank, late.step, late.what) == (1, 7, "all_reduce")
-    with pytest.raises(RankLost, match=r"rank 1 stopped answering: its last sign was 'all_reduce' in step 7"):
+    line = r"rank 1 stopped answering: its last sign was 'all_reduce' in step 7, \d+ s ago, on host "
+    line += f"{socket.gethostname()}; rank 0"
+    with pytest.raises(RankLost, match=line):
         with survivors(beats[0], 3):
             raise RuntimeError("[gloo] Timed out waiting 1000ms for recv operation to complete")
+
+
+def test_a_rank_that_never_came_is_named_whatever_an_earlier_run_left(tmp_path):
+    before = Heartbeat(tmp_path, 1)
+    for _ in range(5):
+        before("all_reduce")  # the earlier run's sign of rank 1
+    mine, _other = Heartbeat(tmp_path, 0), Heartbeat(tmp_path, 2)
+    with pytest.raises(RankLost, match="^rank 1, 3 of 4 did not come to the start; rank 0 waited on "):
+        with survivors(mine, 4):
+            raise RuntimeError("Timed out after 5 seconds waiting for clients. 2/4 clients joined.")
 
 
 def test_other_errors_pass(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_cl import __version__
+from moe_cl.arguments import Parser
 from moe_cl.config import ConfigError
 
 VERBS = {
@@ -21,9 +22,13 @@ VERBS = {
 }
 
 
+class _Parser(Parser):
+    MARK = "error"
+
+
 def parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The parser; a verb's own options are there only if it is ``verb``, so that help is fast."""
-    top = argparse.ArgumentParser(prog="python -m data_prep", description="From images as people have them to shards.")
+    top = _Parser(prog="python -m data_prep", description="From images as people have them to shards.")
     top.add_argument("--version", action="version", version=f"moe_cl {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():

@@ -14,6 +14,7 @@ from typing import Any
 from data_prep import parallel
 from data_prep.console import note, table
 from data_prep.manifest import OPEN_CLIP, TIMM, shard_entry, write_split
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.data.index import (
     BrokenTar,
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shuffled", action="store_true", help="say that their samples lie in random order")
     parser.add_argument("--hash", action="store_true", help="sha256 of each tar too (reads all of it)")
     parser.add_argument("--force", action="store_true", help="build indexes that exist already again")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:

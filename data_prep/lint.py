@@ -14,6 +14,7 @@ from data_prep import parallel
 from data_prep.checks import BAD, ERRORS, WARNINGS, Finding, ShardReport, check_shard
 from data_prep.console import note, table
 from data_prep.repair import repair
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.data.index import expand, is_remote, read_dataset, write_atomic
 
@@ -22,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("pattern", help="brace pattern of tars, a folder of shards, or FOLDER/SPLIT")
     parser.add_argument("--report", metavar="FILE", help="where the JSON report goes (default: lint.json here)")
-    parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are errors (default: 1e8)")
+    parser.add_argument(
+        "--max-pixels", type=whole(1), default=100_000_000, help="larger images are errors (default: 1e8)"
+    )
     parser.add_argument("--decode", action="store_true", help="decode every image, not only those with a doubtful end")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--fix", action="store_true", help="write shards with bad samples again, without these")
     parser.add_argument("--drop-duplicates", action="store_true", help="with --fix: later copies of equal bytes go too")
 

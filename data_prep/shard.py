@@ -24,6 +24,7 @@ from data_prep.manifest import shard_entry, write_split
 from data_prep.plan import Plan, Settings, make_plan
 from data_prep.sources import KINDS, Source, SourceOptions, open_source
 from data_prep.writer import ShardFile
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.data.header import BadImage
 from moe_cl.data.index import DATASET, ShardIndex, load_index, read_dataset
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; splits share one")
     parser.add_argument("--name", help="first part of the shards' names (default: from the source)")
     parser.add_argument("--split", default="train", help="train, val, test, ... (default: %(default)s)")
-    parser.add_argument("--max-count", type=int, default=10_000, help="samples a shard (default: %(default)s)")
+    parser.add_argument("--max-count", type=whole(1), default=10_000, help="samples a shard (default: %(default)s)")
     parser.add_argument("--max-size", type=parse_bytes, default="256M", help="bytes a shard (default: %(default)s)")
     parser.add_argument(
         "--shuffle-seed", type=int, default=0, help="of the order over all shards (default: %(default)s)"
@@ -45,8 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-order", action="store_true", help="do not shuffle; dataset.json says so, the loader warns"
     )
-    parser.add_argument("--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s)")
-    parser.add_argument("--resize-shorter", type=int, metavar="S", help="shrink the shorter side to S pixels (JPEG)")
+    parser.add_argument(
+        "--workers", type=whole(1), default=_cores(), metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resize-shorter", type=whole(1), metavar="S", help="shrink the shorter side to S pixels (JPEG)"
+    )
     parser.add_argument(
         "--quality", type=int, default=90, metavar="Q", help="of re-encoded JPEGs (default: %(default)s)"
     )

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.console import byte_text, note, table
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.data.header import FORMATS
 from moe_cl.data.index import Dataset, open_file, resolve, write_atomic
@@ -23,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("pattern", help="shards, as the loader takes them (folder, FOLDER/SPLIT, brace pattern)")
     parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
-    parser.add_argument("--count", type=int, default=64, help="pictures on it (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures (default: %(default)s)")
+    parser.add_argument("--count", type=whole(1), default=64, help="pictures on it (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the choice of pictures (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON")
-    parser.add_argument("--classes", type=int, default=20, help="lines of the class table (default: %(default)s)")
+    parser.add_argument("--classes", type=whole(1), default=20, help="lines of the class table (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from data_prep.console import note, table
 from data_prep.plan import Settings, make_plan
 from data_prep.shard import write_shards
 from data_prep.sources.tars import open_shards
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.data.index import Dataset, resolve, write_atomic
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", default="0", help="of --fraction and --per-class: 0,1,2 (default: %(default)s)")
     parser.add_argument("--shards", metavar="DIR", help="write the part as shards too (one part only)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="for --shards (default: %(default)s)")
+    parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="for --shards (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_cl import config
+from moe_cl.arguments import Parser, speaks, whole
 from moe_cl.config import ConfigError
 
 # verb: (module with add_arguments(parser) and main(args) -> int, help)
@@ -24,6 +25,7 @@ VERBS = {
     "checkpoint": ("moe_cl.engine.checkpoint.cli", "list, verify, convert and compare checkpoints"),
     "track": ("moe_cl.tracking.cli", "send a run's journal to MLflow"),
     "report": ("moe_cl.reports.cli", "write the HTML report of one run, or compare several"),
+    "plan": ("moe_cl.planning.plan", "memory, time and traffic of a run on a cluster, before it starts"),
     "doctor": ("moe_cl.planning.doctor", "check this machine, or the hosts of a hostfile, before a job"),
     "recipes": ("moe_cl.recipes.cli", "list recipes, or print one resolved"),
 }
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         more = {"action": "store_true"} if kind is bool else {"type": kind}
         parser.add_argument(option, **more, help=text)
     parser.add_argument(
-        "--check", type=int, metavar="RANKS", help="only check settings and data for that many ranks, and exit"
+        "--check", type=whole(1), metavar="RANKS", help="only check settings and data for that many ranks, and exit"
     )
     parser.epilog = "Any setting of the recipe can be changed with key=value, for example optim.base_lr=1e-3."
 
@@ -79,8 +81,9 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     from moe_cl.tracking import mlflow
     from moe_cl.views.spec import build_spec
 
+    checks.check_out(cfg.out)
     batch = checks.check(cfg, world)
-    setup.check_model(cfg)
+    setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation) * world)
     mlflow.check(cfg.track)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
     Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world).close()
@@ -110,7 +113,7 @@ def main_pretrain(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; see the module's docstring for exit codes."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", ""))
+    parser = Parser(prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", ""))
     # DeepSpeed's launcher writes --local_rank=N before everything else.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return main_pretrain(args)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
-        if "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):  # one line a host, not one a rank
+        if speaks():
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -7,21 +7,18 @@ is the method's ``Params`` dataclass, handed in by the caller (this file imports
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from moe_cl.typed import Amount, ConfigError, Count, Natural, Pixels, Positive, Range, Rate, Share, build, nearest
+
+__all__ = ["RECIPES", "ConfigError", "RunConfig", "build", "flatten", "from_tree", "load", "save", "to_tree"]
+
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class ConfigError(ValueError):
-    """A setting the user can mend; its text is one line that says what to change (exit code 2)."""
 
 
 @dataclass
@@ -29,17 +26,17 @@ class DataConfig:
     """Where samples come from and how their order is shuffled."""
 
     train: str = ""  # brace pattern, folder with dataset.json or URL; several joined by "::"
-    repeat: list[int] = field(default_factory=lambda: [1])  # whole passes an epoch of each source
-    streams: int = 64  # C of the order promise: position p belongs to stream p mod C
-    window: int = 4096  # samples of a stream shuffled together
-    workers: int = 1  # decoding processes a rank; 0 = in the training process
-    prefetch: int = 4  # batches ready ahead
+    repeat: list[Count] = field(default_factory=lambda: [1])  # whole passes an epoch of each source
+    streams: Count = 64  # C of the order promise: position p belongs to stream p mod C
+    window: Count = 4096  # samples of a stream shuffled together
+    workers: Natural = 1  # decoding processes a rank; 0 = in the training process
+    prefetch: Natural = 4  # batches ready ahead
     cache_dir: str | None = None  # remote shards' spans are kept here
-    cache_bytes: int = 10_000_000_000
-    retry_seconds: float = 300.0  # transient faults are retried this long, then the run saves and stops
-    max_bad_fraction: float = 0.01
-    max_pixels: int = 100_000_000  # header gate before decoding
-    decoder: str = "auto"
+    cache_bytes: Count = 10_000_000_000
+    retry_seconds: Amount = 300.0  # transient faults are retried this long, then the run saves and stops
+    max_bad_fraction: Share = 0.01
+    max_pixels: Count = 100_000_000  # header gate before decoding
+    decoder: Literal["auto", "simplejpeg", "opencv", "torchvision", "pil"] = "auto"
     log_sample_ids: bool = False
 
 
@@ -48,11 +45,11 @@ class ViewsConfig:
     """Which views of a sample, see ``moe_cl.views.spec``."""
 
     spec: str = "mocov3"
-    size: int = 224
-    crop_min: float | None = None  # smallest area fraction of a global crop; None = the spec's own
-    local_size: int | list[int] = 96  # a list: several local resolutions
-    local_number: int | list[int] | None = None  # of each local size; None = the spec's own
-    keys: int | None = None  # JCL: key views a sample
+    size: Pixels = 224
+    crop_min: Annotated[float, Range(above=0, high=1)] | None = None  # smallest area of a global crop; None: the spec's
+    local_size: Pixels | list[Pixels] = 96  # a list: several local resolutions
+    local_number: Natural | list[Natural] | None = None  # of each local size; None = the spec's own
+    keys: Count | None = None  # JCL: key views a sample
     implementation: Literal["fast", "reference", "device"] = "fast"
     normalize: Literal["imagenet", "half"] = "imagenet"
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every crop's colour pipeline
@@ -64,7 +61,7 @@ class ModelConfig:
 
     backbone: str = "vit_small"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that backbone
-    drop_path: float = 0.0
+    drop_path: Rate = 0.0
     activation_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -75,17 +72,17 @@ class ModelConfig:
 class MoEConfig:
     """Sparse experts in the blocks of a ViT (CR-MoE: odd blocks, 16 experts, top-2, hidden 2d, no noise)."""
 
-    blocks: str | list[int] = "none"  # none, odd, all, or indices
-    experts: int = 16
-    top_k: int = 2
-    hidden_ratio: float = 2.0  # expert hidden width / model width
+    blocks: str | list[Natural] = "none"  # none, odd, all, or indices
+    experts: Count = 16
+    top_k: Count = 2
+    hidden_ratio: Positive = 2.0  # expert hidden width / model width
     gate: Literal["vmoe", "shazeer"] = "vmoe"  # shazeer: learned noise, softmax over the k chosen
-    noise_std: float = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
+    noise_std: Amount = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
     renormalize: bool = False
     load: Literal["corrected", "published"] = "corrected"  # thresholds of the smooth load, where there is noise
-    z_loss: float = 0.0  # coefficient of log(sum(exp(logits)))^2
+    z_loss: Amount = 0.0  # coefficient of log(sum(exp(logits)))^2
     init: Literal["published", "xavier"] = "published"
-    ep_size: int = 1
+    ep_size: Count = 1
     recompute: bool = False
 
 
@@ -94,49 +91,49 @@ class OptimConfig:
     """Optimizer and its decay groups, as each paper has them."""
 
     name: Literal["sgd", "lars", "adamw"] = "adamw"
-    base_lr: float = 1.5e-4
+    base_lr: Amount = 1.5e-4
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # of base_lr: global/256, sqrt(global), 1
-    weight_decay: float = 0.1
-    weight_decay_end: float | None = None  # cosine to this value
+    weight_decay: Amount = 0.1
+    weight_decay_end: Amount | None = None  # cosine to this value
     decay: Literal["all", "matrices"] = "all"  # which parameters are decayed
-    momentum: float = 0.9
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    trust_coefficient: float = 1e-3  # LARS
-    clip_per_tensor: float = 0.0  # EsViT: each tensor's own norm; 0 = off
-    clip_norm: float = 0.0  # global norm, experts included; 0 = off
+    momentum: Rate = 0.9
+    betas: Annotated[list[Rate], Range(length=2)] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Positive = 1e-8
+    trust_coefficient: Positive = 1e-3  # LARS
+    clip_per_tensor: Amount = 0.0  # EsViT: each tensor's own norm; 0 = off
+    clip_norm: Amount = 0.0  # global norm, experts included; 0 = off
 
 
 @dataclass
 class ScheduleConfig:
     """Length of the run and the learning rate over it."""
 
-    epochs: float = 100.0
-    max_steps: int | None = None  # stops earlier; schedules keep the length of ``epochs``
-    warmup_epochs: float = 0.0
+    epochs: Positive = 100.0
+    max_steps: Count | None = None  # stops earlier; schedules keep the length of ``epochs``
+    warmup_epochs: Amount = 0.0
     kind: Literal["cosine", "step", "constant", "dino"] = "cosine"
     per: Literal["iteration", "epoch"] = "iteration"
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    min_lr: float = 0.0
+    milestones: list[Natural] = field(default_factory=list)
+    gamma: Positive = 0.1
+    min_lr: Amount = 0.0
 
 
 @dataclass
 class TeacherConfig:
     """EMA of the student."""
 
-    momentum: float = 0.99
+    momentum: Share = 0.99
     schedule: Literal["constant", "cosine", "dino"] = "cosine"
-    momentum_end: float = 1.0
+    momentum_end: Share = 1.0
 
 
 @dataclass
 class BatchConfig:
     """global = micro x accumulation x data-parallel ranks; one of the first two may be left out."""
 
-    global_batch: int = 256
-    micro_batch: int | None = None
-    accumulation: int | None = None
+    global_batch: Count = 256
+    micro_batch: Count | None = None
+    accumulation: Count | None = None
     exact_large_batch: bool = False
 
 
@@ -146,20 +143,20 @@ class EngineConfig:
 
     ds_config: str = "ds_configs/cpu_zero1.json"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    collective_timeout: float = 600.0  # seconds
+    collective_timeout: Positive = 600.0  # seconds
     statistics: str = "global"  # of balance and consistency: global, published (per rank) or "group: N" images
-    profile: list[int] | None = None  # [from, to] steps: Chrome trace
-    threads: int | None = None  # torch threads a rank; None = cores / local ranks
+    profile: Annotated[list[Natural], Range(length=2)] | None = None  # [from, to] steps: Chrome trace
+    threads: Count | None = None  # torch threads a rank; None = cores / local ranks
 
 
 @dataclass
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every_steps: int | None = None
-    every_epochs: float = 1.0
-    keep_last: int = 2
-    keep_every: int | None = None  # steps; kept for ever
+    every_steps: Count | None = None
+    every_epochs: Positive = 1.0
+    keep_last: Count = 2
+    keep_every: Count | None = None  # steps; kept for ever
     keep_best: str | None = None  # metric whose best checkpoint is kept
     asynchronous: bool = True
 
@@ -168,12 +165,12 @@ class CheckpointConfig:
 class EvalConfig:
     """Online kNN of the teacher during pretraining."""
 
-    knn_every: float = 0.0  # epochs; 0 = only when asked for
+    knn_every: Amount = 0.0  # epochs; 0 = only when asked for
     bank: str = ""  # labelled training shards
     test: str = ""
-    k: int = 20
-    temperature: float = 0.07
-    size: int | None = None  # resize of evaluation images; None = views.size
+    k: Count = 20
+    temperature: Positive = 0.07
+    size: Pixels | None = None  # resize of evaluation images; None = views.size
 
 
 @dataclass
@@ -183,9 +180,9 @@ class TrackConfig:
     uri: str | None = None  # None = MLFLOW_TRACKING_URI, else SQLite in the out dir; "none" = journal only
     experiment: str = "moe_cl"
     run_name: str | None = None
-    every: int = 10  # steps between step lines on the console when it is no terminal
-    plain_seconds: float = 30.0
-    flush_seconds: float = 30.0  # at the end, at most
+    plain_seconds: Amount = 30.0  # between lines on the console when it is no terminal
+    every: Natural = 0  # a line there every so many steps too; 0 = by time alone
+    flush_seconds: Amount = 30.0  # at the end, at most
 
 
 @dataclass
@@ -194,7 +191,7 @@ class RunConfig:
 
     method: str = "crmoe"
     recipe: str = ""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     out: str = "runs/default"
     resume: bool = False
     params: Any = field(default_factory=dict)
@@ -225,7 +222,7 @@ def recipe_path(name: str) -> Path:
     for path in (RECIPES / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    raise ConfigError(f"unknown recipe {name!r}{_nearest(name, recipe_names())}; `python -m moe_cl recipes` lists them")
+    raise ConfigError(f"unknown recipe {name!r}{nearest(name, recipe_names())}; `python -m moe_cl recipes` lists them")
 
 
 def load(recipe: str, overrides: Sequence[str], params_of: ParamsOf) -> RunConfig:
@@ -247,16 +244,35 @@ def from_tree(tree: dict[str, Any], params_of: ParamsOf) -> RunConfig:
     return cfg
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; ``base: NAME`` inside it is another recipe that this one changes."""
+def validate(cfg: RunConfig) -> None:
+    """Every value of a finished config against its type and range, as ``load`` does. Raises ConfigError."""
+    tree = to_tree(cfg)
+    params = tree.pop("params")
+    build(RunConfig, tree)
+    if dataclasses.is_dataclass(cfg.params):
+        build(type(cfg.params), params, "params.")
+
+
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML mapping; ``base: NAME`` inside it is another recipe that this one changes. ``above``: who asked for it."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is its own base; a recipe's `base:` must end at one that has none")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a YAML text file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(tree).__name__}")
     base = tree.pop("base", None)
-    return _merge(read_yaml(recipe_path(base)), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is the name or path of one recipe, found {base!r}")
+    return _merge(read_yaml(recipe_path(base), (*above, path.resolve())), tree)
 
 
 def to_tree(value: Any) -> Any:
@@ -280,66 +296,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def build(kind: type, tree: dict[str, Any], prefix: str = "") -> Any:
-    """A dataclass of ``kind`` from a mapping, each value checked and converted. Raises ConfigError."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.') or 'recipe'}: expected a mapping, found {tree!r}")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(key, list(hints))}")
-        values[key] = _convert(hints[key], value, prefix + key)
-    return kind(**values)
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in sorted((a for a in args if a is not type(None)), key=lambda a: a is str):
-            try:
-                return _convert(option, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{_nearest(value, args)}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, found {value!r}")
-        return [_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, found {value!r}")
-        return dict(value)
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, where + ".")
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            pass
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
-
-
 def _set(tree: dict[str, Any], override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise ConfigError(f"override {override!r}: write it as key=value, for example schedule.epochs=3")
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     *path, last = key.split(".")
     for part in path:
@@ -355,8 +318,3 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = _merge(out[key], value) if both else value
     return out
-
-
-def _nearest(name: Any, names: Sequence[Any]) -> str:
-    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

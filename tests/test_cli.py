@@ -1,5 +1,7 @@
 """Bad input: one clear line on stderr, exit code 2, before any rank starts."""
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -37,9 +39,28 @@ def refuse(capsys, *argv):
         ("moe.ep_size=3", "moe.ep_size 3 does not divide the 4 experts"),
         ("batch.global_batch=17", "batch.global_batch 17 does not divide over 2 ranks"),
         ("schedule.max_steps=0", "schedule.max_steps 0 must be at least 1"),
-        ("schedule.epochs=.nan", "schedule.epochs nan must be above 0"),
+        ("schedule.epochs=.nan", "schedule.epochs nan must be a finite number"),
+        ("schedule.epochs=-1", "schedule.epochs -1.0 must be above 0"),
         ("teacher.momentum=2", "teacher.momentum 2.0 lies between 0 and 1"),
-        ("optim.betas=[0.9]", "optim.betas [0.9] takes two numbers"),
+        ("optim.betas=[0.9]", "optim.betas [0.9] takes 2 numbers, found 1"),
+        ("optim.base_lr=.inf", "optim.base_lr inf must be a finite number"),
+        ("params.temperature=0", "params.temperature 0.0 must be above 0"),
+        ("params.dim=-8", "params.dim -8 must be at least 1"),
+        ("model.drop_path=2", "model.drop_path 2.0 must be at least 0 and below 1"),
+        ("model.options.depth=0", "model.options.depth 0 must be at least 1"),
+        ("model.options.heads=-2", "model.options.heads -2 must be at least 1"),
+        ("model.options.patch_size=0", "model.options.patch_size 0 must be at least 1"),
+        ("model.options.pos_embed=none", "is not one of sincos, learned"),
+        ("data.prefetch=-1", "data.prefetch -1 must be at least 0"),
+        ("data.repeat=[0]", "data.repeat[0] 0 must be at least 1"),
+        ("seed=-1", "seed -1 lies between 0 and"),
+        ("views.size=20", "views (views.size, views.local_size) of 20 x 20 px cannot be cut into patches of 8"),
+        ("engine.statistics=foo", "engine.statistics: 'foo' is not global, published or 'group: N'"),
+        ("engine.statistics='group: 5'", "groups of 5 images do not divide a global batch of 16"),
+        ("model.init_from=nowhere.pt", "model.init_from=nowhere.pt: no such file or directory"),
+        ("model.init_from=moe_cl", "model.init_from=moe_cl: no complete checkpoint there"),
+        ("model.init_from=README.md", "README.md: no"),
+        ("engine.profile=[9, 3]", "engine.profile [9, 3] takes two steps"),
         ("params.tempature=1", "unknown key params.tempature; did you mean temperature?"),
         ("method=crmo", "did you mean crmoe?"),
         ("model.backbone=vti", "unknown backbone 'vti'; did you mean vit?"),
@@ -59,6 +80,18 @@ def test_refused_before_any_rank_starts(shards, tmp_path, capsys, change, says):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("/proc/nowhere/run", "--out /proc/nowhere/run cannot be written (/proc:"),
+        ("README.md", "--out README.md is a file; name a directory"),
+        ("README.md/run", "--out README.md/run cannot be written (README.md: it is a file)"),
+    ],
+)
+def test_an_out_dir_that_cannot_be(shards, tmp_path, capsys, place, says):
+    assert says in refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run"), "--out", place)
+
+
 def test_empty_folder(tmp_path, capsys):
     assert "has neither dataset.json nor a .tar" in refuse(
         capsys, "--check", "2", *settings(tmp_path, tmp_path / "run")
@@ -70,6 +103,69 @@ def test_zero_3_with_experts(shards, tmp_path, capsys):
     path.write_text('{"zero_optimization": {"stage": 3}}')
     err = refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run", f"engine.ds_config={path}"))
     assert "ZeRO stage 3" in err and str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"zero_optimization": {"stage": 1, "overlap_com": true}}', "no key overlap_com; did you mean overlap_comm?"),
+        ('{"zero_optimisation": {"stage": 1}}', "no key zero_optimisation; did you mean zero_optimization?"),
+        ('{"zero_optimization": {"stage": "one"}}', "zero_optimization.stage: "),
+        ('{"zero_optimization": {"reduce_bucket_size": -5}}', "zero_optimization.reduce_bucket_size: "),
+        ('{"torch_autocast": {"enabled": false, "dtyp": "bfloat16"}}', "torch_autocast.dtyp; did you mean dtype?"),
+        ("[1]", "is a mapping"),
+    ],
+)
+def test_deepspeed_json_is_held_against_deepspeed(shards, tmp_path, capsys, text, says):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    err = refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run", f"engine.ds_config={path}"))
+    assert says in err and str(path) in err
+
+
+def test_recipe_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
+    assert "not a YAML text file" in refuse(capsys, "--recipe", str(tmp_path / "bytes.yaml"))
+    (tmp_path / "list.yaml").write_text("base: [1]\n")
+    assert "base is the name or path of one recipe, found [1]" in refuse(
+        capsys, "--recipe", str(tmp_path / "list.yaml")
+    )
+    for name, base in (("a", "b"), ("b", "a"), ("self", "self")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path / base}.yaml\n")
+    for name in ("a", "self"):
+        assert "is its own base" in refuse(capsys, "--recipe", str(tmp_path / f"{name}.yaml"))
+
+
+def test_a_folder_of_splits_is_asked_for_its_training_split(shards, tmp_path, capsys):
+    shutil.copytree(shards, tmp_path / "both")
+    tree = json.loads((tmp_path / "both" / "dataset.json").read_text())
+    tree["splits"] = {"test": tree["splits"]["train"], **tree["splits"]}
+    (tmp_path / "both" / "dataset.json").write_text(json.dumps(tree))
+    err = refuse(capsys, "--check", "2", *settings(tmp_path / "both", tmp_path / "run"))
+    assert f"write {tmp_path / 'both'}/train" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["pretrian"], ["pretrain"], ["pretrain", "--recipe"], ["pretrain", "--nothing"], ["eval"], ["eval", "kn"],
+        ["eval", "knn"], ["report"], ["report", "--samples", "x", "out"], ["track"], ["track", "sync"],
+        ["checkpoint", "lits"], ["export"], ["import", "--nothing"], ["doctor", "--port", "x"], ["recipes", "--x"],
+        ["pretrain", "--recipe", "x", "--check", "0"], ["pretrain", "--recipe", "x", "--check", "-1"],
+        ["pretrain", "--recipe", "x", "--check", "two"],
+    ],
+)  # fmt: skip
+def test_a_command_line_that_cannot_be_read_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    err = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "\n" not in err and err.startswith("moe_cl: ") and "--help" in err
+
+
+def test_no_run_is_one_line(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and "no journal.jsonl there" in err
 
 
 def test_unknown_recipe(capsys):
@@ -108,10 +204,3 @@ def test_help_is_fast_and_names_every_verb():
     assert done.returncode == 0 and time.process_time() - begin < 5
     assert all(verb in done.stdout for verb in cli.VERBS)
     assert "torch" not in {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-
-
-def test_no_verb_and_unknown_verb(capsys):
-    for argv in ([], ["pretrian"]):
-        with pytest.raises(SystemExit) as end:
-            cli.main(argv)
-        assert end.value.code == 2

@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,11 +145,24 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
         tree = json.loads(read_bytes(where))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{where}: not valid JSON") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("splits"), dict):
+    if not isinstance(tree, dict) or not isinstance(tree.get("splits"), dict) or not tree["splits"]:
         raise ConfigError(f"{where}: no `splits` in it; was it written by `python -m data_prep shard`?")
+    for name, split in tree["splits"].items():
+        if not _lists_shards(split):
+            raise ConfigError(
+                f"{where}: split {name!r} does not list its shards (file, samples, bytes of each); write it again with "
+                "`python -m data_prep shard`, or give the tars as a brace pattern"
+            )
     return tree
+
+
+def _lists_shards(split: Any) -> bool:
+    if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
+        return False
+    kinds = {"file": str, "samples": int, "bytes": int}
+    return all(isinstance(s, dict) and all(isinstance(s.get(k), t) for k, t in kinds.items()) for s in split["shards"])
 
 
 def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...]]:
@@ -161,9 +175,8 @@ def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...
     if tree is not None:
         splits = tree["splits"]
         if len(splits) != 1:
-            raise ConfigError(
-                f"{folder} has the splits {', '.join(sorted(splits))}; write {folder}/{sorted(splits)[0]}"
-            )
+            first = "train" if "train" in splits else sorted(splits)[0]
+            raise ConfigError(f"{folder} has the splits {', '.join(sorted(splits))}; write {folder}/{first}")
         return _from_split(folder, next(iter(splits.values())))
     parent, _, split = folder.rpartition("/")
     tree = None if not is_remote(folder) and os.path.isdir(folder) else read_dataset(parent or ".")
@@ -181,6 +194,10 @@ def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...
         )
     tars = sorted(glob.glob(glob.escape(folder) + "/*.tar"))
     if not tars:
+        within = sorted(Path(found).parent.name for found in glob.glob(glob.escape(folder) + f"/*/{DATASET}"))
+        if within:
+            first = "train" if "train" in within else within[0]
+            raise ConfigError(f"{folder} has the data sets {', '.join(within)} in it; write {folder}/{first}")
         raise ConfigError(f"{folder} has neither {DATASET} nor a .tar; make shards with `python -m data_prep shard`")
     return _from_tars(tars)
 
@@ -190,7 +207,14 @@ def _from_split(folder: str, split: dict[str, Any]) -> tuple[list[Shard], bool |
     for shard in shards:
         if not is_remote(shard.url) and not os.path.exists(shard.url):
             raise ConfigError(f"{shard.url} is in {DATASET} but not in the folder; run the sharder again")
+        _check_bytes(shard.url)
     return shards, split.get("shuffled"), tuple(split.get("class_names") or ())
+
+
+def _check_bytes(url: str) -> None:
+    """A tar that is cut short is a fault the loader names and works around; one without a byte was never written."""
+    if not is_remote(url) and os.path.getsize(url) == 0:
+        raise ConfigError(f"{url} has no bytes: it was never written; make or copy the shard again")
 
 
 def _from_tars(urls: list[str]) -> tuple[list[Shard], bool | None, tuple[str, ...]]:
@@ -198,6 +222,7 @@ def _from_tars(urls: list[str]) -> tuple[list[Shard], bool | None, tuple[str, ..
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url):
             raise ConfigError(f"{url} does not exist; check the shard pattern")
+        _check_bytes(url)
     shards: list[Shard] = []
     folders: dict[str, dict[str, tuple[Shard, dict[str, Any]]]] = {}
     splits: list[dict[str, Any]] = []

@@ -184,8 +184,8 @@ class Loader:
         used = self.steps_per_epoch * self.global_batch
         fields = {"samples": self.order.total, "shards": len(self.dataset.shards), "streams": self.cfg.streams,
                   "steps_per_epoch": self.steps_per_epoch, "dropped": self.order.total - used}  # fmt: skip
-        self._events.append({"name": "data_order", **fields})
         if self.rank == 0:
+            self._events.append({"name": "data_order", **fields})
             log.info(
                 "%d samples an epoch in %d shards: %d steps of %d, %d samples left out of each epoch",
                 *(fields[k] for k in ("samples", "shards", "steps_per_epoch")), self.global_batch, fields["dropped"],

@@ -89,7 +89,7 @@ class ShardIndex:
             skipped = [tuple(pair) for pair in tree["skipped"]]
             return cls(**lists, **numbers, bytes=tree["bytes"], sha256=tree["sha256"], faults=faults,
                        ignored=tree["ignored"], skipped=skipped)  # fmt: skip
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConfigError(f"{where}: not a shard index; build it again with `python -m data_prep index`") from None
 
 

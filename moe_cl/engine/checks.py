@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_cl import config as settings
 from moe_cl.config import ConfigError, RunConfig
+from moe_cl.engine import ds_keys
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ def read_json(path: str) -> dict[str, Any]:
     for candidate in (Path(path), here / path, here / "ds_configs" / path, here / "ds_configs" / f"{path}.json"):
         if candidate.is_file():
             try:
-                tree = json.loads(candidate.read_text())
-            except ValueError as error:
-                raise ConfigError(f"{candidate}: not valid JSON: {error}") from None
+                tree = json.loads(candidate.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                raise ConfigError(f"{candidate}: not valid JSON: {' '.join(str(error).split())}") from None
             if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization", {}), dict):
                 raise ConfigError(f"{candidate}: a DeepSpeed config is a mapping, and so is its zero_optimization")
             return tree
@@ -112,6 +114,7 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
             raise ConfigError(f"{name} has {key} = {config[key]}, but {source} = {value}; remove one of them")
         config[key] = value
 
+    section = config.get("zero_optimization", {})
     fill("train_batch_size", batch.global_batch, "the recipe's batch.global_batch")
     fill("train_micro_batch_size_per_gpu", batch.micro_batch, "the recipe's micro batch")
     fill("gradient_accumulation_steps", batch.accumulation, "the recipe's accumulation")
@@ -121,15 +124,16 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
         raise ConfigError(
             f"{name} has an optimizer or scheduler; these belong to the recipe (optim, schedule): remove them"
         )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = section.get("stage", 0)
     if stage == 3 and has_moe(cfg):
         raise ConfigError(f"{name} asks for ZeRO stage 3, which DeepSpeed's MoE does not support: use stage 0, 1 or 2")
     for kind in ("bf16", "fp16"):
-        if config.get(kind, {}).get("enabled"):
+        if isinstance(config.get(kind), dict) and config[kind].get("enabled"):
             raise ConfigError(
                 f"{name} has {kind}.enabled, which casts batch norm and every parameter; "
                 f"set engine.precision={kind} instead (torch_autocast, parameters stay fp32)"
             )
+    ds_keys.check(config, name)
     _precision(config, cfg, name, on_cpu)
     # ZeRO knows torch's optimizers by exact class; ours are those, able to skip frozen groups (engine/optim.py).
     fill("zero_allow_untested_optimizer", True, "the project's optimizers need it to be")
@@ -159,38 +163,31 @@ def precision_of(config: dict[str, Any]) -> str:
     return {"bfloat16": "bf16", "float16": "fp16"}[section["dtype"]] if section["enabled"] else "fp32"
 
 
-def check_values(cfg: RunConfig) -> None:
-    """Numbers outside of what they can mean."""
-    s, c, o, t, e = cfg.schedule, cfg.checkpoint, cfg.optim, cfg.teacher, cfg.engine
-    for name, good, text in (
-        ("schedule.epochs", math.isfinite(s.epochs) and s.epochs > 0, "must be above 0"),
-        ("schedule.max_steps", s.max_steps is None or s.max_steps >= 1, "must be at least 1"),
-        ("checkpoint.every_steps", c.every_steps is None or c.every_steps >= 1, "must be at least 1"),
-        ("checkpoint.every_epochs", c.every_epochs > 0, "must be above 0"),
-        ("optim.base_lr", math.isfinite(o.base_lr) and o.base_lr >= 0, "must be a number from 0"),
-        ("optim.betas", len(o.betas) == 2, "takes two numbers, for example [0.9, 0.999]"),
-        ("teacher.momentum", 0 <= t.momentum <= 1, "lies between 0 and 1"),
-        ("engine.threads", e.threads is None or e.threads >= 1, "must be at least 1"),
-        ("engine.collective_timeout", e.collective_timeout > 0, "must be above 0 seconds"),
-        ("engine.profile", e.profile is None or len(e.profile) == 2, "takes two steps: [from, to]"),
-        ("moe.hidden_ratio", cfg.moe.hidden_ratio > 0, "must be above 0"),
-        ("seed", cfg.seed >= 0, "must be 0 or more"),
-        ("eval.k", cfg.eval.k >= 1, "must be at least 1"),
-    ):
-        if not good:
-            value: Any = cfg
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"{name} {value} {text}")
+def check_out(out: str) -> None:
+    """The run's directory can be made and written to; nothing of it stays. Raises ConfigError."""
+    place = Path(out)
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a directory")
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"--out {out} cannot be written ({place}: it is a file); choose another")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".moe_cl-", dir=place))
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({place}: {error.strerror}); choose another") from None
 
 
 def check(cfg: RunConfig, world: int) -> BatchIdentity:
     """Everything above, and the machine's own tools. Raises ConfigError."""
     on_cpu = os.environ.get("DS_ACCELERATOR", "") == "cpu"
+    settings.validate(cfg)
     check_moe(cfg, world)
     batch = batch_identity(cfg, world)
     ds_config(cfg, world, on_cpu)
-    check_values(cfg)
+    profile = cfg.engine.profile
+    if profile is not None and profile[0] > profile[1]:
+        raise ConfigError(f"engine.profile {profile} takes two steps, the first of them first: [from, to]")
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs"

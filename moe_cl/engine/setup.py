@@ -21,8 +21,10 @@ from moe_cl.engine.flat import FlatView
 from moe_cl.engine.scaler import scaler_of
 from moe_cl.engine.step import Parts, Student
 from moe_cl.engine.teacher import Teacher
+from moe_cl.losses import groups
 from moe_cl.methods.base import Encoder, Method
 from moe_cl.models.build import from_config
+from moe_cl.views.spec import build_spec
 
 
 @dataclass
@@ -69,13 +71,23 @@ def build_method(
     return method, method.build_student(backbone(False)), method.build_teacher(backbone(True))
 
 
-def check_model(cfg: RunConfig) -> None:
-    """Method, backbone and heads built without memory (meta tensors), for what they refuse. Raises ConfigError."""
+def check_model(cfg: RunConfig, images: int) -> None:
+    """Method, backbone and heads built without memory (meta tensors), for what they refuse. Raises ConfigError.
+
+    ``images``: in one loss, over all ranks.
+    """
+    groups.check(cfg.engine.statistics, images)
+    if cfg.model.init_from:
+        start.check(cfg.model.init_from)
     one = copy.deepcopy(cfg)
     one.moe.ep_size, one.model.compile = 1, False
     with torch.device("meta"):
         # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
         _, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+    for size, _ in build_spec(cfg.views).resolutions:
+        student.backbone.check_image(size, size, "views (views.size, views.local_size)")
+    if cfg.eval.knn_every and cfg.eval.size:
+        student.backbone.check_image(cfg.eval.size, cfg.eval.size, "evaluation images (eval.size)")
     if cfg.batch.exact_large_batch:
         large_batch.check_backbone(student.backbone)
 

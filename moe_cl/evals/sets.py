@@ -23,6 +23,29 @@ SOURCES = "A set is a folder or pattern of shards, folder:DIR (one sub-folder a 
 View = Callable[[np.ndarray, int], Tensor]  # image (H, W, 3) uint8, sample id -> (C, S, S)
 
 
+def beside(pattern: str, train: bool) -> str | None:
+    """The labelled set that goes with the shards a run was trained on, where the run names none.
+
+    Training: the shards themselves. Test: the split ``test`` or ``val`` beside a split ``train`` (``X/train`` ->
+    ``X/test``). None if there is no such set, or it has no labels.
+    """
+    from moe_cl.data.index import resolve
+
+    if train:
+        names = [pattern]
+    else:
+        parent, slash, split = pattern.rstrip("/").rpartition("/")
+        names = [parent + slash + other for other in ("test", "val")] if split == "train" else []
+    for name in names:
+        try:
+            found = resolve(name)
+        except ConfigError:
+            continue
+        if len(found) and (found.index(0).label >= 0).any():
+            return name
+    return None
+
+
 class LabelledSet(Protocol):
     """Iterates over (images (b, C, S, S), labels (b,), ids (b,))."""
 

@@ -27,6 +27,14 @@ def parse(statistics: str) -> int | str:
     return int(found[1])
 
 
+def check(statistics: str, total: int) -> int | str:
+    """``parse``, for batches of ``total`` images over all ranks. Raises ConfigError when groups cannot be equal."""
+    kind = parse(statistics)
+    if isinstance(kind, int) and total % kind:
+        raise ConfigError(f"engine.statistics: groups of {kind} images do not divide a global batch of {total}")
+    return kind
+
+
 @dataclass
 class Groups:
     """``count``: G over all ranks. ``ids``: (B,) group of each local sample, from 0. ``slots``: how many this rank
@@ -61,10 +69,8 @@ class Groups:
 
 def make(statistics: str, samples: int, comm: Comm, device: torch.device) -> Groups:
     """Groups of a local batch of ``samples``. Raises ConfigError when groups cannot be equal."""
-    kind, total = parse(statistics), samples * comm.world
+    kind, total = check(statistics, samples * comm.world), samples * comm.world
     count = {"global": 1, "published": comm.world}.get(kind, 0) if isinstance(kind, str) else total // kind
-    if isinstance(kind, int) and (count == 0 or total % kind):
-        raise ConfigError(f"engine.statistics: groups of {kind} images do not divide a global batch of {total}")
     ids = (comm.rank + torch.arange(samples, device=device) * comm.world) % count
     if count % comm.world == 0:  # every group lies on one rank: group g on rank g mod W
         return Groups(count, ids // comm.world, count // comm.world, False)

@@ -18,6 +18,7 @@ from moe_cl.config import ConfigError
 from moe_cl.losses.consistency import Match, consistency
 from moe_cl.methods import mocov3, routing
 from moe_cl.models.build import Encoded
+from moe_cl.typed import Amount, Share
 from moe_cl.views import crops
 from moe_cl.views.spec import Batch
 
@@ -27,9 +28,9 @@ class Params(mocov3.Params):
     """Defaults: the paper's VMoE-S/16. ``threshold``: smallest IoU (lambda) of patches that overlap."""
 
     consistency: Literal["none", "cls", "overlap", "similarity", "nearest", "pool"] = "overlap"
-    consistency_weight: float = 0.001
-    alpha: float = 0.3  # share of the patches in L_G, the rest is cls
-    threshold: float = 0.2
+    consistency_weight: Amount = 0.001
+    alpha: Share = 0.3  # share of the patches in L_G, the rest is cls
+    threshold: Share = 0.2
     activation: Literal["gated", "softmax"] = "gated"  # gate vector: the k kept weights, or all probabilities
 
 

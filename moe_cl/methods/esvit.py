@@ -19,6 +19,7 @@ from moe_cl.methods.base import Encoder, Method, StepOutput, summed
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import DINOHead
 from moe_cl.moe.router import Router
+from moe_cl.typed import Amount, Count, Natural, Positive, Share
 from moe_cl.views.spec import Batch
 
 TEACHER_VIEWS = 2
@@ -28,20 +29,20 @@ TEACHER_VIEWS = 2
 class Params:
     """Defaults: the Swin-T recipe."""
 
-    out_dim: int = 65536
-    hidden: int = 2048
-    bottleneck: int = 256
-    head_layers: int = 3
+    out_dim: Count = 65536
+    hidden: Count = 2048
+    bottleneck: Count = 256
+    head_layers: Count = 3
     head_bn: bool = False
     norm_last_layer: bool = False  # keep the prototypes' scale at 1
     regions: bool = True
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    warmup_teacher_temperature: float = 0.04
-    warmup_teacher_epochs: int = 30
-    centre_momentum: float = 0.9
-    freeze_last_layer: int = 1  # epochs
-    balance_weight: float = 0.01  # of the experts' balance, with an MoE backbone
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.07
+    warmup_teacher_temperature: Positive = 0.04
+    warmup_teacher_epochs: Natural = 30
+    centre_momentum: Share = 0.9
+    freeze_last_layer: Natural = 1  # epochs
+    balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 
 
 class EsViT(Method):

@@ -16,6 +16,7 @@ from moe_cl.losses.precision import unit
 from moe_cl.methods import moco
 from moe_cl.methods.base import StepOutput
 from moe_cl.models.build import Encoded
+from moe_cl.typed import Amount
 from moe_cl.views.spec import Batch
 
 
@@ -23,7 +24,7 @@ from moe_cl.views.spec import Batch
 class Params(moco.Params):
     """Defaults: the paper's. ``ramp``: lambda grows over the epochs as in the released script."""
 
-    covariance_weight: float = 4.0  # lambda
+    covariance_weight: Amount = 4.0  # lambda
     ramp: bool = False
 
 

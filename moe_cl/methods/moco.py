@@ -23,6 +23,7 @@ from moe_cl.methods.base import Encoder, Method, StepOutput, summed, teacher_key
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import linear, mlp_v2
 from moe_cl.models.norm import batch_norms, share_statistics, shuffle, unshuffle
+from moe_cl.typed import Amount, Count, Positive
 from moe_cl.views.spec import Batch
 
 _SHUFFLE = 0x73687566  # purpose of the keys that order the shuffled batch
@@ -32,14 +33,14 @@ _SHUFFLE = 0x73687566  # purpose of the keys that order the shuffled batch
 class Params:
     """Defaults: MoCo v2."""
 
-    temperature: float = 0.2
-    dim: int = 128
-    queue: int = 65536
+    temperature: Positive = 0.2
+    dim: Count = 128
+    queue: Count = 65536
     head: Literal["linear", "mlp"] = "mlp"
     shuffle: bool = True  # keys see a batch shuffled over ranks
-    bn_groups: int = 1  # on one rank: batch norm over this many parts of the batch ("split BN")
+    bn_groups: Count = 1  # on one rank: batch norm over this many parts of the batch ("split BN")
     symmetric: bool = False  # each view is query and key in turn (the authors' CIFAR demo)
-    balance_weight: float = 0.01  # of the experts' balance, with an MoE backbone
+    balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 
 
 class MoCo(Method):

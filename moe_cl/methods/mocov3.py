@@ -18,6 +18,7 @@ from moe_cl.methods import health, routing
 from moe_cl.methods.base import Encoder, Method, StepOutput, summed
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import mlp_v3
+from moe_cl.typed import Amount, Count, Positive
 from moe_cl.views.spec import Batch
 
 
@@ -25,11 +26,11 @@ from moe_cl.views.spec import Batch
 class Params:
     """Defaults: ViT-S/B of the paper. ResNet-50 takes temperature 1 and head resnet."""
 
-    temperature: float = 0.2
-    dim: int = 256
-    mlp_dim: int = 4096
+    temperature: Positive = 0.2
+    dim: Count = 256
+    mlp_dim: Count = 4096
     head: Literal["vit", "resnet"] = "vit"  # 3-layer projector and normed predictor, or 2-layer and bare
-    balance_weight: float = 0.01  # of the experts' balance, with an MoE backbone
+    balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 
 
 class MoCoV3(Method):

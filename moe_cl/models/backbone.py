@@ -23,8 +23,17 @@ class Backbone(nn.Module):
     """Base class. A subclass gives ``dim`` (feature width) and ``encode``."""
 
     dim: int
+    patch_size: int = 1
     channels_last: bool = False
     activation_checkpointing: bool = False
+
+    def check_image(self, height: int, width: int, what: str = "images") -> None:
+        """Raises ConfigError if images of that size, pixels, cannot be cut into patches; ``what`` they are."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"{what} of {height} x {width} px cannot be cut into patches of {self.patch_size}; "
+                f"use sizes that are multiples of {self.patch_size}"
+            )
 
     def encode(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, list[Routing]]:
         """One resolution: (N, C, H, W) -> pooled (N, D), region tokens (N, T, D), routing of each MoE layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, ModelConfig, MoEConfig
 from moe_cl.moe.router import Routing
+from moe_cl.typed import Count, convert
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +122,7 @@ def build_backbone(
         from moe_cl.models.vit import ViT as kind
 
         sizes, fixed = VITS[name], {"norm": norm, "drop_path": drop_path}
-        depth = options.get("depth", sizes.get("depth", 12))
+        depth = convert(Count, options.get("depth", sizes.get("depth", 12)), "model.options.depth")
         moe = moe or MoEConfig()
         blocks = moe_blocks("odd" if name.startswith("vmoe") and moe.blocks == "none" else moe.blocks, depth)
         if blocks:
@@ -152,6 +154,8 @@ def build_backbone(
             raise ConfigError(
                 f"backbone {name} has no option {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}"
             )
+    hints = typing.get_type_hints(kind.__init__, include_extras=True)
+    options = {key: convert(hints[key], value, f"model.options.{key}") for key, value in options.items()}
     backbone = kind(**(sizes | fixed | options))
     backbone.activation_checkpointing = activation_checkpointing
     if channels_last:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.models.backbone import Backbone, DropPath, drop_rates
 from moe_cl.moe.router import Routing
+from moe_cl.typed import Count, Pixels, Positive
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -115,14 +116,14 @@ class Swin(Backbone):
     def __init__(
         self,
         *,
-        dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        heads: Sequence[int] = (3, 6, 12, 24),
-        window: int = 7,
-        img_size: int = 224,
-        patch_size: int = 4,
-        in_chans: int = 3,
-        mlp_ratio: float = 4.0,
+        dim: Count = 96,
+        depths: Sequence[Count] = (2, 2, 6, 2),
+        heads: Sequence[Count] = (3, 6, 12, 24),
+        window: Count = 7,
+        img_size: Pixels = 224,
+        patch_size: Count = 4,
+        in_chans: Count = 3,
+        mlp_ratio: Positive = 4.0,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -151,11 +152,7 @@ class Swin(Backbone):
 
     def _maps(self, x: Tensor, keys: Tensor | None = None) -> Iterator[tuple[int, SwinBlock, Tensor, Tensor]]:
         """Each block in order: stage, block, its input map and its output map."""
-        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
-            raise ConfigError(
-                f"images of {x.shape[2]} x {x.shape[3]} px cannot be cut into patches of {self.patch_size}; "
-                f"use sizes that are multiples of {self.patch_size}"
-            )
+        self.check_image(x.shape[2], x.shape[3])
         x = self.patch_embed(x)
         for i, stage in enumerate(self.layers):
             for block in stage.blocks:

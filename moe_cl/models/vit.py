@@ -19,6 +19,7 @@ from moe_cl.config import ConfigError
 from moe_cl.models.backbone import Backbone, DropPath, drop_rates
 from moe_cl.models.norm import BatchNorm
 from moe_cl.moe.router import Routing
+from moe_cl.typed import Count, Pixels, Positive
 
 MoEOf = Callable[[int], nn.Module]  # number of the MoE layer -> the layer
 
@@ -148,13 +149,13 @@ class ViT(Backbone):
     def __init__(
         self,
         *,
-        dim: int = 384,
-        depth: int = 12,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
-        patch_size: int = 16,
-        img_size: int = 224,
-        in_chans: int = 3,
+        dim: Count = 384,
+        depth: Count = 12,
+        heads: Count = 12,
+        mlp_ratio: Positive = 4.0,
+        patch_size: Count = 16,
+        img_size: Pixels = 224,
+        in_chans: Count = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         init: Literal["mocov3", "deit"] = "mocov3",
         freeze_patch: bool = True,
@@ -227,11 +228,7 @@ class ViT(Backbone):
     def tokens(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) -> tokens before the first block (N, T, D)."""
         rows, cols = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
-            raise ConfigError(
-                f"images of {x.shape[2]} x {x.shape[3]} px cannot be cut into patches of {self.patch_size}; "
-                f"use sizes that are multiples of {self.patch_size}"
-            )
+        self.check_image(x.shape[2], x.shape[3])
         # in the parameters' type, not autocast's: the residual stream stays fp32 under autocast
         positions = self._positions(rows, cols).to(self.cls_token.dtype)
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)

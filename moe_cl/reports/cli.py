@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", nargs="+", help="out dir of a run; several are set side by side")
     parser.add_argument("--to", metavar="FILE", help="where the comparison goes (default OUT/comparison.html)")
     parser.add_argument("--data", metavar="PATTERN", help="labelled shards to look at (default the run's eval.test)")
-    parser.add_argument("--samples", type=int, default=2000, help="images of the maps (default %(default)s)")
+    parser.add_argument("--samples", type=whole(1), default=2000, help="images of the maps (default %(default)s)")
     parser.add_argument("--weights", default="auto", choices=["auto", "teacher", "student"], help="whose encoder")
     parser.add_argument("--journal-only", action="store_true", help="do not run the checkpoint's encoder over images")
     parser.add_argument("--no-track", action="store_true", help="do not send the page to MLflow")
@@ -23,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write the page (or pages) and say where."""
     from moe_cl.reports import build, compare
+    from moe_cl.reports.run import Run
 
+    for out in args.out:
+        Run.load(out)  # what is no run is said once, not by each part
     for out in args.out:
         if not args.journal_only:
             look(Path(out), args)

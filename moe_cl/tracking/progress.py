@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -19,6 +20,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 DATA_WAIT = 0.2  # share of the time above which the user is told what to do
+WINDOW = 20  # steps over which it is judged: one slow read says nothing
+START = 5  # first steps, which always wait, left out
 ADVICE = (
     "{share:.0%} of the time goes to waiting for data: raise data.workers (while processors are free), "
     "data.prefetch, or store smaller images; `python -m moe_cl doctor` measures the reader"
@@ -57,7 +60,7 @@ class Progress:
 
     Args:
         total: steps of the whole run. start: steps done before this start (resume); they do not count for the ETA.
-        plain_seconds: without a terminal, one line every so many seconds.
+        plain_seconds: without a terminal, one line every so many seconds. every: and every so many steps; 0 = not.
         what: shown in front. unit: what is counted. stream: default stdout. enabled: False prints nothing.
     """
 
@@ -67,13 +70,15 @@ class Progress:
         start: int = 0,
         plain_seconds: float = 30.0,
         *,
+        every: int = 0,
         what: str = "pretrain",
         unit: str = "step",
         stream: TextIO | None = None,
         enabled: bool = True,
     ):
         self.total, self.start, self.what, self.unit = total, start, what, unit
-        self.plain_seconds, self.enabled = plain_seconds, enabled
+        self.plain_seconds, self.every, self.enabled = plain_seconds, every, enabled
+        self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (share, seconds of the step) of each step
         self._stream = stream or sys.stdout
         self._begin = self._last = time.monotonic()
         self._memory, self._memory_time, self._advised, self._bar = 0.0, 0.0, False, None
@@ -96,12 +101,20 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=self.line(now))
-        elif now - self._last >= self.plain_seconds or step == self.total:
+        elif now - self._last >= self.plain_seconds or step == self.total or (self.every and step % self.every == 0):
             self._last = now
             self.say(f"{self.what} {self.unit} {step}/{self.total} ({step / max(1, self.total):.1%})  {self.line(now)}")
-        if values.get("data_wait", 0.0) > DATA_WAIT and step - self.start >= 20 and not self._advised:
-            self._advised = True
-            self.say("data wait: " + ADVICE.format(share=values["data_wait"]))
+        if "data_wait" in values and step - self.start > START:
+            self._waits.append((values["data_wait"], 1.0 / max(values.get("images_per_second", 1.0), 1e-9)))
+            share = self.data_wait()
+            if len(self._waits) == WINDOW and share > DATA_WAIT and not self._advised:
+                self._advised = True
+                self.say("data wait: " + ADVICE.format(share=share))
+
+    def data_wait(self) -> float:
+        """Share of the time of the last ``WINDOW`` steps that waited for data."""
+        seconds = sum(s for _, s in self._waits)
+        return sum(share * s for share, s in self._waits) / seconds if seconds else 0.0
 
     def eta(self, now: float | None = None) -> float | None:
         """Seconds left at the mean speed of this start; None before the first step."""

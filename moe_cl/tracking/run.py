@@ -52,7 +52,7 @@ class Tracking:
             rows = {**show, "out": out, "MLflow": self.handle.open_with or "off (track.uri=none)"}
             banner(rows, title="moe_cl pretrain")
         self._monitor = Monitor(out, resume_step=resume_step or None) if node else None
-        self.progress = Progress(total, resume_step, track.plain_seconds, enabled=self.speaks)
+        self.progress = Progress(total, resume_step, track.plain_seconds, every=track.every, enabled=self.speaks)
 
     @property
     def run_id(self) -> str | None:

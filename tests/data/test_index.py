@@ -152,6 +152,11 @@ def test_resolve_patterns_folders_and_several_sources(tmp_path):
         ("{tmp}/unfinished", "not finished"),
         ("{tmp}/gone", "not in the folder"),
         ("{tmp}/broken", "not valid JSON"),
+        ("{tmp}/shardless", "split 'train' does not list its shards"),
+        ("{tmp}/shardless/train", "split 'train' does not list its shards"),
+        ("{tmp}/hollow.tar", "has no bytes"),
+        ("{tmp}/index/x-00.tar", "not a shard index"),
+        ("{tmp}/parts", "write .*parts/train"),
     ],
 )
 def test_resolve_says_in_one_line_what_to_change(tmp_path, pattern, message):
@@ -163,6 +168,13 @@ def test_resolve_says_in_one_line_what_to_change(tmp_path, pattern, message):
     make_folder(tmp_path / "gone", [1], {0: "train"})
     (tmp_path / "gone" / "x-00.tar").unlink()
     (tmp_path / "broken").mkdir()
+    (tmp_path / "shardless").mkdir()
+    (tmp_path / "shardless" / "dataset.json").write_text('{"splits": {"train": {"samples": 3}}}')
+    (tmp_path / "hollow.tar").touch()
+    make_folder(tmp_path / "index", [1])
+    (tmp_path / "index" / "x-00.index.json").write_text('["not", "an", "index"]')
+    for split in ("test", "train"):
+        make_folder(tmp_path / "parts" / split, [1], {0: split})
     (tmp_path / "broken" / "dataset.json").write_text("{")
     with pytest.raises(ConfigError, match=message) as caught:
         resolve(pattern.format(tmp=tmp_path))

@@ -49,6 +49,31 @@ def test_data_wait_prints_once_what_to_do():
     assert out.getvalue().count("data.workers") == 1 and "50%" in out.getvalue()
 
 
+def test_one_slow_read_is_no_reason_for_advice():
+    out = io.StringIO()
+    bar = Progress(total=200, plain_seconds=1e9, stream=out)
+    for step in range(1, 150):
+        bar.update(step, {"data_wait": 0.95 if step % 40 == 0 else 0.02, "images_per_second": 300.0})
+    assert "data.workers" not in out.getvalue()
+
+
+def test_a_slow_step_weighs_as_long_as_it_took():
+    out = io.StringIO()
+    bar = Progress(total=100, plain_seconds=1e9, stream=out)
+    for step in range(1, 60):  # every tenth step takes ninety times as long, nearly all of it waiting
+        slow = step % 10 == 0
+        bar.update(step, {"data_wait": 0.99 if slow else 0.0, "images_per_second": 10.0 if slow else 900.0})
+    assert out.getvalue().count("data.workers") == 1
+
+
+def test_a_line_every_so_many_steps_if_asked(capsys):
+    out = io.StringIO()
+    bar = Progress(total=100, plain_seconds=1e9, every=10, stream=out)
+    for step in range(1, 36):
+        bar.update(step, VALUES)
+    assert [line.split()[2] for line in out.getvalue().splitlines()] == ["10/100", "20/100", "30/100"]
+
+
 def test_another_rank_prints_nothing(capsys):
     bar = Progress(total=3, enabled=False)
     bar.update(3, VALUES)

@@ -71,6 +71,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check(path: str | Path) -> None:
+    """Something to start from is at ``path`` and can be read. Raises ConfigError."""
+    found = checkpoint_at(Path(path))
+    if found is None:
+        read_weights(Path(path))
+        return
+    try:
+        read_manifest(found)
+    except Damaged as error:
+        raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+
+
 @torch.no_grad()
 def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
     """Weights into fresh modules; from a checkpoint optimizer state, teacher and method too. Raises ConfigError."""

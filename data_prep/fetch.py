@@ -1,7 +1,8 @@
 """Named public sets, brought to one folder: from a folder the user has, from Debian's package, or by torchvision.
 
 ``fetch fashion-mnist`` works without the internet where Debian's mirror is in reach: its package
-``dataset-fashion-mnist`` puts the four files under /usr/share/datasets/fashion-mnist.
+``dataset-fashion-mnist`` puts the four files under /usr/share/datasets/fashion-mnist. ``fetch openclipart`` makes a
+small colour set of Debian's ``openclipart-png`` (see ``data_prep.clipart``).
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep import clipart
 from data_prep.console import note
 from data_prep.sources.arrays import digits_arrays, idx_files, read_idx, write_idx
 from moe_cl.config import ConfigError
 
-DEBIAN = {"fashion-mnist": ("dataset-fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))}
+DEBIAN = {
+    "fashion-mnist": ("dataset-fashion-mnist", Path("/usr/share/datasets/fashion-mnist")),
+    "openclipart": ("openclipart-png", Path("/usr/share/openclipart/png")),
+}
 TORCHVISION = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
-KNOWN = ("fashion-mnist", "mnist", "digits")
+KNOWN = ("fashion-mnist", "mnist", "digits", "openclipart")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("name", help="fashion-mnist, mnist, digits, or torchvision:NAME (CIFAR10, STL10, ...)")
+    parser.add_argument("name", help=f"{', '.join(KNOWN)}, or torchvision:NAME (CIFAR10, STL10, ...)")
     parser.add_argument("--from", dest="source", metavar="DIR", help="a folder that has the files already")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: data/raw/NAME)")
 
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if name not in KNOWN:
         raise ConfigError(f"unknown set {name!r}; fetch knows {', '.join(KNOWN)} and torchvision:NAME")
     out = Path(args.out or default_folder(name))
+    if name == "openclipart":
+        return _openclipart(Path(args.source) if args.source else None, out)
     if args.source is None and _complete(out):
         note(f"{out} has all files of {name}")
     elif name == "digits":
@@ -55,6 +62,21 @@ def run(args: argparse.Namespace) -> int:
         _first_that_works(name, Path(args.source) if args.source else None, out)
     print(out)
     note(f"next: python -m data_prep shard {name}:{out} --out DIR --split train")
+    return 0
+
+
+def _openclipart(source: Path | None, out: Path) -> int:
+    """From the package's folder, or from one like it."""
+    package, folder = DEBIAN["openclipart"]
+    reason = _install(package, folder) if source is None else None
+    if reason:
+        raise ConfigError(f"openclipart: Debian's package {package}: {reason}; or name its png folder with --from")
+    folder = source or folder
+    if not folder.is_dir():
+        raise ConfigError(f"openclipart: {folder} does not exist; --from names the folder with one folder a class")
+    note(f"openclipart: {clipart.write(folder, out)}")
+    print(out)
+    note(f"next: python -m data_prep shard {out} --out DIR --split train")
     return 0
 
 
@@ -100,24 +122,28 @@ def _copy(folder: Path, out: Path) -> str | None:
 
 
 def _debian(package: str, folder: Path, out: Path) -> str | None:
-    if not folder.is_dir():
-        apt = shutil.which("apt-get")
-        if apt is None:
-            return "not installed, and this is no Debian"
-        if os.geteuid() != 0:
-            return f"not installed, and installing it needs root (sudo apt-get install {package})"
-        note(f"installing {package}")
-        command = [apt, "install", "-y", "--no-install-recommends", package]
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for attempt in ([], [[apt, "update"]]):  # package lists may be missing or old
-            for extra in attempt:
-                subprocess.run(extra, env=environment, capture_output=True, check=False)
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                break
-        else:
-            return f"apt-get failed ({' '.join(done.stderr.split())[-160:]})"
-    return _copy(folder, out)
+    return _install(package, folder) or _copy(folder, out)
+
+
+def _install(package: str, folder: Path) -> str | None:
+    """Have Debian's package, which brings ``folder``; the reason why not."""
+    if folder.is_dir():
+        return None
+    apt = shutil.which("apt-get")
+    if apt is None:
+        return "not installed, and this is no Debian"
+    if os.geteuid() != 0:
+        return f"not installed, and installing it needs root (sudo apt-get install {package})"
+    note(f"installing {package}")
+    command = [apt, "install", "-y", "--no-install-recommends", package]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for attempt in ([], [[apt, "update"]]):  # package lists may be missing or old
+        for extra in attempt:
+            subprocess.run(extra, env=environment, capture_output=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None
+    return f"apt-get failed ({' '.join(done.stderr.split())[-160:]})"
 
 
 def _download(kind: str, out: Path) -> str | None:

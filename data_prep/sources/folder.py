@@ -30,14 +30,14 @@ def open_folder(folder: Path, text: str, options: SourceOptions) -> Source:
     classes = sorted(e.name for e in os.scandir(used) if e.is_dir() and not e.name.startswith("."))
     if options.labels or not classes:
         labels = read_labels(options.labels, options.devkit) if options.labels else None
-        found = sorted(_images(str(used), ""))
+        found = sorted(images_below(str(used), ""))
         items = [Item(path, labels.of(path) if labels else UNLABELLED, size, path) for path, size in found]
         names = labels.class_names if labels else ()
     else:
         items = [
             Item(path, label, size, path)
             for label, name in enumerate(classes)
-            for path, size in sorted(_images(str(used), name))
+            for path, size in sorted(images_below(str(used), name))
         ]
         names = tuple(classes)
     if not items:
@@ -49,7 +49,7 @@ def open_folder(folder: Path, text: str, options: SourceOptions) -> Source:
     return Source(folder.resolve().name, text, items, names, FileReader(str(used)), notes)
 
 
-def _images(root: str, below: str) -> list[tuple[str, int]]:
+def images_below(root: str, below: str) -> list[tuple[str, int]]:
     """(path below root, size) of the images under ``root/below``; a folder reached twice through links is read once."""
     out, seen, todo = [], set(), [below]
     while todo:

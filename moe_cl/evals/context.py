@@ -25,8 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every protocol has."""
     parser.add_argument("--checkpoint", required=True, help="a run's out directory or one of its checkpoints")
     parser.add_argument("--which", choices=("auto", "teacher", "student"), default="auto", help="auto: the teacher")
-    parser.add_argument("--train", help="labelled training set (default: the run's eval.bank)")
-    parser.add_argument("--test", help=f"labelled test set (default: the run's eval.test). {sets.SOURCES}")
+    parser.add_argument("--train", "--bank", help="labelled training set (default: the run's eval.bank, data.train)")
+    parser.add_argument(
+        "--test",
+        help=f"labelled test set (default: the run's eval.test, or beside data.train). {sets.SOURCES}",
+    )
     parser.add_argument("--size", type=int, help="image side, pixels (default: the run's)")
     parser.add_argument("--normalize", choices=("imagenet", "half"), help="default: the run's")
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="of the resize")
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="where results go (default: the run's out directory)")
+    parser.add_argument("--name", help="what the results are called, in files, report and MLflow (default: PROTOCOL)")
 
 
 @dataclass
@@ -93,12 +97,24 @@ class Context:
     def source(self, train: bool) -> str:
         """The training or test set's name. Raises ConfigError if there is none."""
         name = (self.args.train or self.cfg.eval.bank) if train else (self.args.test or self.cfg.eval.test)
+        name = name or self._beside[train]
         if not name:
             option, key = ("--train", "eval.bank") if train else ("--test", "eval.test")
             raise ConfigError(
                 f"no labelled {'training' if train else 'test'} set: give {option} ({key} of the run is empty)"
             )
         return name
+
+    @cached_property
+    def _beside(self) -> dict[bool, str | None]:
+        """What a run without eval.bank and eval.test is measured on; said once."""
+        given = {True: self.args.train or self.cfg.eval.bank, False: self.args.test or self.cfg.eval.test}
+        found = {train: None if name else sets.beside(self.cfg.data.train, train) for train, name in given.items()}
+        for train, name in found.items():
+            if name and self.comm.rank == 0:
+                what, option = ("training", "--train") if train else ("test", "--test")
+                print(f"labelled {what} set: {name} (by the run's data.train; {option} names another)")
+        return found
 
     def loader(self, train: bool, view: sets.View | None = None) -> sets.LabelledSet:
         """This rank's part of the training or test set, in order; ``view`` replaces the plain evaluation view."""
@@ -135,11 +151,23 @@ class Context:
         """Features (n, D) and labels (n,) of a whole set."""
         return extract(encode or self.encode(), self.loader(train, view), self.comm)
 
-    def setting(self, **more: Any) -> dict[str, Any]:
-        """What is needed to run this evaluation again."""
+    @property
+    def name(self) -> str:
+        """What the results are called."""
+        return self.args.name or self.args.protocol
+
+    def one_label(self) -> None:
+        """Raises ConfigError for a set with several labels an image (VOC2007)."""
+        if "map11" in (sets.metric_of(self.source(True)), sets.metric_of(self.source(False))):
+            raise ConfigError("this set has several labels an image: `eval logistic` is the protocol for it")
+
+    def setting(self, *parts: str, **more: Any) -> dict[str, Any]:
+        """What is needed to run this evaluation again. ``parts``: of the labelled sets, ``train`` or ``test``."""
         options = {k: v for k, v in vars(self.args).items() if k not in ("verb", "overrides", "local_rank")}
-        options |= {"train": self.source(True), "test": self.source(False), "size": self.size}
-        return options | {"normalize": self.normalize, "step": self.step, "recipe": self.cfg.recipe, **more}
+        options |= {part: self.source(part == "train") for part in parts}
+        if parts:
+            options |= {"size": self.size, "normalize": self.normalize}
+        return options | {"step": self.step, "recipe": self.cfg.recipe, "ranks": self.comm.world, **more}
 
 
 def class_count(*labels: Tensor) -> int:

@@ -88,5 +88,5 @@ def run(ctx: Context) -> dict[str, Any]:
     names += [f"attention/block{b}/{what}" for b in blocks for what in ("entropy_bits", "keys_for_60")]
     values = dict(zip(names, figures.mean(0).tolist(), strict=True))
     if ctx.comm.rank == 0:
-        record(ctx.out, "correspondence", ctx.step, values, ctx.setting(images=len(figures)))
+        record(ctx.out, ctx.name, ctx.step, values, ctx.setting("test", images=len(figures)))
     return values

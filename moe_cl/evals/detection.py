@@ -333,9 +333,9 @@ def run(ctx: Context) -> dict[str, float]:
     values = {k: statistics.fmean(t[k] for t in trials) for k in trials[0]}
     if comm.rank == 0:
         rows = [[k, v, min(t[k] for t in trials), max(t[k] for t in trials)] for k, v in values.items()]
-        setting = vars(args) | {"schedule_used": asdict(schedule), "step": ctx.step, "recipe": ctx.cfg.recipe}
+        setting = ctx.setting(schedule_used=asdict(schedule))
         columns = ("figure", f"mean of {args.trials}", "min", "max")
-        record(ctx.out, "detection", ctx.step, values, setting, columns=columns, rows=rows, more={"trials": trials})
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more={"trials": trials})
     return values
 
 

@@ -123,6 +123,7 @@ def run(ctx: Context) -> dict[str, Any]:
     from moe_cl.evals.record import record
 
     args = ctx.args
+    ctx.one_label()
     with ctx.untouched():
         train, test = ctx.features(True), ctx.features(False)
     found = few_shot(
@@ -134,7 +135,7 @@ def run(ctx: Context) -> dict[str, Any]:
         values |= {name: mean} | ({f"{name}/interval": half} if len(accuracies) > 1 else {})
         rows.append([name, mean, f"+- {half:.4f}", len(accuracies)])
     if ctx.comm.rank == 0:
-        setting = ctx.setting()
+        setting = ctx.setting("train", "test")
         columns = ("protocol", "top-1", "95 %", "draws")
-        record(ctx.out, "fewshot", ctx.step, values, setting, columns=columns, rows=rows, more={"draws": found})
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more={"draws": found})
     return values

@@ -236,9 +236,11 @@ def run(ctx: Context) -> dict[str, Any]:
     """Table and JSON of ``eval finetune``."""
     from moe_cl.evals import sets
     from moe_cl.evals.features import extract, frozen
+    from moe_cl.evals.metrics import metric
     from moe_cl.evals.record import record
 
     args = ctx.args
+    ctx.one_label()
     asked = {
         "epochs": args.epochs, "base_lr": args.base_lr, "weight_decay": args.weight_decay, "repeats": args.repeats,
         "drop_path": args.drop_path, "batch": args.train_batch,
@@ -263,12 +265,16 @@ def run(ctx: Context) -> dict[str, Any]:
         "top1": float(best[:, 0].float().mean()), "top5": float(best.any(1).float().mean()), "train_loss": losses[-1],
         "images": float(len(chosen)),
     }  # fmt: skip
+    rows = [[args.preset, len(chosen), recipe.epochs, values["top1"], values["top5"]]]
+    columns = ["preset", "training images", "epochs", "top-1", "top-5"]
+    if (name := sets.metric_of(ctx.source(False))) != "accuracy":
+        values[name] = metric(name, scores.cpu().numpy(), truth.cpu().numpy())
+        rows[0].append(values[name])
+        columns.append(name)
     if ctx.comm.rank == 0:
-        rows = [[args.preset, len(chosen), recipe.epochs, values["top1"], values["top5"]]]
-        columns = ("preset", "training images", "epochs", "top-1", "top-5")
-        setting = ctx.setting(fine_tuning=asdict(recipe))
+        setting = ctx.setting("train", "test", fine_tuning=asdict(recipe))
         more = {"losses": losses}
-        record(ctx.out, "finetune", ctx.step, values, setting, columns=columns, rows=rows, more=more)
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more=more)
     return values
 
 

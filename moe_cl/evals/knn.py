@@ -111,6 +111,7 @@ def run(ctx: Context) -> dict[str, float]:
     from moe_cl.evals.context import class_count
     from moe_cl.evals.record import record
 
+    ctx.one_label()
     ks = ctx.args.k or [10, 20, 100, 200]
     temperature = ctx.args.temperature or ctx.cfg.eval.temperature
     with ctx.untouched():
@@ -118,6 +119,6 @@ def run(ctx: Context) -> dict[str, float]:
     values = knn(*bank, *test, class_count(bank[1], test[1]), ks, temperature, comm=ctx.comm)
     if ctx.comm.rank == 0:
         rows = [[k, values[f"k{k}/top1"], values[f"k{k}/top5"]] for k in sorted(ks)]
-        setting = ctx.setting(k=ks, temperature=temperature)
-        record(ctx.out, "knn", ctx.step, values, setting, columns=("k", "top-1", "top-5"), rows=rows)
+        setting = ctx.setting("train", "test", k=ks, temperature=temperature)
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("k", "top-1", "top-5"), rows=rows)
     return values

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
-from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, split
+from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, per_class, split
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
@@ -23,6 +23,7 @@ def train_sweep(
     protocol: Protocol, x: Tensor, y: Tensor, classes: int, *, seed: int = 0, comm: Comm | None = None
 ) -> Sweep:
     """All heads of ``protocol`` trained on cached features (N, D)."""
+    protocol = protocol.on(len(x))
     sweep = Sweep(
         protocol, x.shape[1], classes, math.ceil(len(x) / protocol.batch), comm or LocalComm(), x.device, seed
     )
@@ -46,12 +47,16 @@ def linear_probe(
     comm: Comm | None = None,
     epochs: int | None = None,
     lrs: Sequence[float] | None = None,
+    name: str = "accuracy",
 ) -> dict[str, float | str]:
     """Test accuracy of a linear classifier on frozen features.
 
     A sweep is trained on all but ``held_out`` of the training set, its best setting is chosen there and trained again
     on the whole of it, and the test set is looked at once. ``select="test"``: the papers' way, best of the sweep on the
     test set (the result says so).
+
+    Args:
+        name: the set's metric (``metrics``); ``per_class`` is given beside the others.
 
     Returns:
         ``top1``, ``top5`` in [0, 1], the chosen ``lr`` and ``weight_decay``, ``held_out_top1``, ``selection``.
@@ -60,7 +65,11 @@ def linear_probe(
         if protocol not in PROTOCOLS:
             raise ConfigError(f"unknown linear protocol {protocol!r}; use one of {', '.join(PROTOCOLS)}")
         protocol = PROTOCOLS[protocol]
-    changes = {"epochs": epochs, "lrs": None if lrs is None else tuple(lrs)}
+    changes = {
+        "epochs": epochs,
+        "least_steps": 0 if epochs is not None else None,
+        "lrs": None if lrs is None else tuple(lrs),
+    }
     protocol = replace(protocol, **{k: v for k, v in changes.items() if v is not None})
     train_x, test_x = train_x.float(), test_x.float()
     train_y, test_y = train_y.to(train_x.device), test_y.to(test_x.device)
@@ -68,7 +77,8 @@ def linear_probe(
         sweep = train_sweep(protocol, train_x, train_y, classes, seed=seed, comm=comm)
         accuracy = sweep.correct(test_x, test_y) / len(test_x)
         best = int(accuracy[:, 0].argmax())
-        return _result(accuracy[best], sweep.settings[best], None, "best on test (as published)")
+        out = _result(accuracy[best], sweep.settings[best], None, "best on test (as published)")
+        return out | _more(name, sweep, best, test_x, test_y)
     best_setting, held_top1 = (protocol.lrs[0], protocol.weight_decays[0]), None
     if len(protocol.lrs) * len(protocol.weight_decays) > 1:
         fit, held = (i.to(train_x.device) for i in split(train_y, held_out, seed))
@@ -78,7 +88,8 @@ def linear_probe(
         best_setting, held_top1 = sweep.settings[best], float(accuracy[best, 0])
     one = replace(protocol, lrs=best_setting[:1], weight_decays=best_setting[1:])
     final = train_sweep(one, train_x, train_y, classes, seed=seed, comm=comm)
-    return _result(final.correct(test_x, test_y)[0] / len(test_x), best_setting, held_top1, "held out of training")
+    out = _result(final.correct(test_x, test_y)[0] / len(test_x), best_setting, held_top1, "held out of training")
+    return out | _more(name, final, 0, test_x, test_y)
 
 
 def _result(
@@ -87,6 +98,11 @@ def _result(
     top1, top5 = accuracy.tolist()
     out: dict[str, float | str] = {"top1": top1, "top5": top5, "lr": setting[0], "weight_decay": setting[1]}
     return out | ({} if held_out is None else {"held_out_top1": held_out}) | {"selection": selection}
+
+
+def _more(name: str, sweep: Sweep, setting: int, x: Tensor, y: Tensor) -> dict[str, float]:
+    """The set's own metric where it is not plain accuracy."""
+    return {name: per_class(sweep.predict(x, setting), y)} if name == "per_class" else {}
 
 
 HELP = "linear probe on frozen features: MoCo's, MoCo v3's, EsViT's and CR-MoE's protocols, or a fast one"
@@ -111,10 +127,13 @@ def run(ctx: Context) -> dict[str, Any]:
     """Table and JSON of ``eval linear``."""
     from moe_cl.evals.context import class_count
     from moe_cl.evals.record import record
+    from moe_cl.evals.sets import metric_of
 
+    ctx.one_label()
     args, protocol = ctx.args, PROTOCOLS[ctx.args.recipe]
     asked = {
         "epochs": args.epochs,
+        "least_steps": 0 if args.epochs else None,
         "lrs": tuple(args.lr) if args.lr else None,
         "batch": args.probe_batch,
         "blocks": args.blocks,
@@ -137,14 +156,16 @@ def run(ctx: Context) -> dict[str, Any]:
                 select="test" if args.select_on_test else "held_out",
                 seed=args.seed,
                 comm=ctx.comm,
+                name=metric_of(ctx.source(False)),
             )
     if ctx.comm.rank == 0:
         figures = {k: v for k, v in out.items() if isinstance(v, float)}
-        setting = ctx.setting(sweep=asdict(protocol), classes=classes)
-        rows = [[args.recipe, out["lr"], out["top1"], out["top5"], out["selection"]]]
-        columns = ("protocol", "lr", "top-1", "top-5", "chosen")
+        setting = ctx.setting("train", "test", sweep=asdict(protocol.on(len(train[1]))), classes=classes)
+        shown = {"protocol": args.recipe, "lr": out["lr"], "top-1": out["top1"], "top-5": out["top5"]}
+        shown |= {k: out[k] for k in ("per_class",) if k in out} | {"chosen": out["selection"]}
+        columns, rows = tuple(shown), [list(shown.values())]
         more = {"selection": out["selection"]}
-        record(ctx.out, "linear", ctx.step, figures, setting, columns=columns, rows=rows, more=more)
+        record(ctx.out, ctx.name, ctx.step, figures, setting, columns=columns, rows=rows, more=more)
     return out
 
 
@@ -161,14 +182,18 @@ def _augmented(
     The encoder is frozen, so an epoch's features do not depend on the order of its batches: they are computed once an
     epoch, in data order, and every head of the sweep trains on them.
     """
+    from moe_cl.evals.sets import metric_of
+
     several = len(protocol.lrs) * len(protocol.weight_decays) > 1 and not ctx.args.select_on_test
     labels = train[1]
     fit, held = split(labels, ctx.args.held_out, ctx.args.seed) if several else (torch.arange(len(labels)), None)
-    fit = fit.to(labels.device)
+    fit, protocol = fit.to(labels.device), protocol.on(len(fit))
     steps = math.ceil(len(fit) / protocol.batch)
     sweep = Sweep(protocol, train[0].shape[1], classes, steps, ctx.comm, train[0].device, ctx.args.seed)
     generator = torch.Generator().manual_seed(ctx.args.seed)
     best: Tensor | None = None
+    name = metric_of(ctx.source(False))
+    more: dict[str, float] = {}  # of the best epoch
     for epoch in range(protocol.epochs):
         x, y = ctx.features(True, encode, view=crop_and_flip(ctx, epoch))
         if not torch.equal(y, labels):
@@ -176,17 +201,20 @@ def _augmented(
         sweep.epoch(x[fit], y[fit], generator)
         if ctx.args.select_on_test:
             accuracy = sweep.correct(*test) / len(test[1])
-            best = accuracy if best is None or accuracy[:, 0].max() > best[:, 0].max() else best
+            if best is None or accuracy[:, 0].max() > best[:, 0].max():
+                best, more = accuracy, _more(name, sweep, int(accuracy[:, 0].argmax()), *test)
     if best is not None:
         chosen = int(best[:, 0].argmax())
-        return _result(best[chosen], sweep.settings[chosen], None, "best head and epoch on test (as published)")
+        out = _result(best[chosen], sweep.settings[chosen], None, "best head and epoch on test (as published)")
+        return out | more
     chosen, score = 0, None
     if held is not None:
         held = held.to(labels.device)
         scores = sweep.correct(train[0][held], labels[held])[:, 0] / len(held)
         chosen, score = int(scores.argmax()), float(scores.max())
     accuracy = sweep.correct(*test)[chosen] / len(test[1])
-    return _result(accuracy, sweep.settings[chosen], score, "held out of training" if several else "no choice to make")
+    how = "held out of training" if several else "no choice to make"
+    return _result(accuracy, sweep.settings[chosen], score, how) | _more(name, sweep, chosen, *test)
 
 
 def crop_and_flip(ctx: Context, epoch: int) -> Any:

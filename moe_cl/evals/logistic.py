@@ -140,6 +140,6 @@ def run(ctx: Context) -> dict[str, Any]:
     values = {name: out[name], "validation": out["validation"], "lambda": out["lambda"]}
     rows = [[name, out[name], out["validation"], f"{out['lambda']:.3g}", len(out["fits"])]]
     columns = ("metric", "test", "validation", "lambda", "fits")
-    setting = ctx.setting(metric=name)
-    record(ctx.out, "logistic", ctx.step, values, setting, columns=columns, rows=rows, more={"fits": out["fits"]})
+    setting = ctx.setting("train", "test", metric=name)
+    record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more={"fits": out["fits"]})
     return out

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_cl.config import ConfigError
+from moe_cl.tracking import redact
 from moe_cl.tracking.progress import table
 
 
@@ -32,17 +33,19 @@ def record(
         values: flat figures. setting: what is needed to run it again. columns, rows: the printed table (default: the
             figures). more: what belongs into the JSON alone.
     """
+    setting = redact.value("setting", json.loads(json.dumps(dict(setting), default=str)))
     if rows is None:
         columns, rows = ("figure", "value"), [[k, v] for k, v in values.items()]
     table(columns or (), rows, title=f"{name} at step {step}")
     path = out / "evals" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {"evaluation": name, "step": step, "values": dict(values), "setting": dict(setting), **(more or {})}
+    body = {"evaluation": name, "step": step, "values": dict(values), "setting": setting, **(more or {})}
     write_json(path, body)
     print(f"written {path}")
     journal = out / "journal.jsonl"
     if journal.exists():
         line = {"kind": "evaluation", "time": round(time.time(), 3), "name": name, "step": step, "values": dict(values)}
+        line["setting"] = setting
         with open(journal, "a") as f:  # one write of one line
             f.write(json.dumps(line) + "\n")
         _track(out)

@@ -119,5 +119,14 @@ def run(ctx: Context) -> list[dict[str, Any]]:
         values = {f"L{i}/{k}": float(v) for i, figures in enumerate(flat) for k, v in figures.items()}
         rows = [[f"L{i}", *figures.values()] for i, figures in enumerate(flat)]
         columns = ("layer", *flat[0])
-        record(ctx.out, "routing", ctx.step, values, ctx.setting(), columns=columns, rows=rows, more={"layers": layers})
+        record(
+            ctx.out,
+            ctx.name,
+            ctx.step,
+            values,
+            ctx.setting("test"),
+            columns=columns,
+            rows=rows,
+            more={"layers": layers},
+        )
     return layers

@@ -100,5 +100,5 @@ def run(ctx: Context) -> dict[str, Any]:
     if ctx.comm.rank == 0:
         columns = ("of", "figure", "mean", "std", "q25", "median", "q75")
         more = {"histograms": histograms, "bins": BINS}
-        record(ctx.out, "statistics", ctx.step, values, ctx.setting(), columns=columns, rows=rows, more=more)
+        record(ctx.out, ctx.name, ctx.step, values, ctx.setting("test"), columns=columns, rows=rows, more=more)
     return values

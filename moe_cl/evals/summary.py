@@ -1,4 +1,5 @@
-"""The table at the end of a run: kNN of pixels, of the untrained and the trained network, and a linear probe."""
+"""The table at the end of a run: kNN of pixels, of the untrained and the trained network, and a linear probe; with
+``--shots`` few-shot transfer, and with ``--full`` all of it for every row. Features are computed once."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_cl import config
 from moe_cl.evals import pretrained
 from moe_cl.evals.context import Context, class_count
 from moe_cl.evals.features import Encode, extract, frozen
+from moe_cl.evals.fewshot import few_shot
 from moe_cl.evals.knn import knn
 from moe_cl.evals.linear import linear_probe
 from moe_cl.evals.record import record, write_json
@@ -21,23 +22,25 @@ from moe_cl.tracking.tail import read
 from moe_cl.views.spec import NORMALIZE
 
 HELP = "kNN of pixels, untrained and trained network, and a linear probe, in one table; writes summary.json"
+ROWS = ("pixels", "untrained", "trained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this protocol."""
     parser.add_argument("--k", type=int, help="neighbours (default: the run's eval.k)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all three")
+    parser.add_argument("--shots", type=int, nargs="+", default=[], help="few-shot transfer: images a class")
+    parser.add_argument("--draws", type=int, default=5, help="of the few-shot images (default: 5)")
+    parser.add_argument("--full", action="store_true", help="probe and few-shot of pixels and untrained network too")
 
 
-def pixels(normalize: str) -> Encode:
-    """Images back to [0, 1] and flat; one channel of grey images (their kNN is the same)."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZE[normalize])
-
-    def encode(images: Tensor) -> Tensor:
-        x = images * std + mean
-        grey = bool((x - x[:, :1]).abs().max() < 1e-5)
-        return (x[:, :1] if grey else x).flatten(1)
-
-    return encode
+def pixels(ctx: Context) -> Encode:
+    """Images back to [0, 1] and flat; of a grey set one channel (nothing is lost)."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZE[ctx.normalize])
+    first = next(iter(ctx.loader(True)), None)
+    x = first[0] * std + mean if first is not None else torch.zeros(1, 1, 1, 1)
+    channels = 1 if all(ctx.comm.gather_objects(bool((x - x[:, :1]).abs().max() < 1e-5))) else None
+    return lambda images: (images * std + mean)[:, :channels].flatten(1)
 
 
 def speed(out: Path) -> dict[str, float]:
@@ -59,30 +62,44 @@ def speed(out: Path) -> dict[str, float]:
 
 def run(ctx: Context) -> dict[str, float]:
     """The table, ``evals/summary.json`` and ``summary.json`` in the run's directory."""
-    k, temperature = ctx.args.k or ctx.cfg.eval.k, ctx.cfg.eval.temperature
-    untrained = pretrained.backbone(ctx.cfg).to(ctx.device)
+    args = ctx.args
+    ctx.one_label()
+    k, temperature = args.k or ctx.cfg.eval.k, ctx.cfg.eval.temperature
     rows: list[list[Any]] = []
     values: dict[str, float] = {}
+    sizes: dict[str, int] = {}
 
-    def near(name: str, encode: Encode) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def measure(name: str, encode: Encode) -> None:
         bank, test = (extract(encode, ctx.loader(train), ctx.comm) for train in (True, False))
-        found = knn(*bank, *test, class_count(bank[1], test[1]), k, temperature, comm=ctx.comm)
+        sizes.update(bank=len(bank[0]), tested=len(test[0]))
+        classes = class_count(bank[1], test[1])
+        found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm)
         values[f"knn_{name}"] = found["top1"]
         rows.append([f"kNN (k {k}), {name}", found["top1"], found["top5"]])
-        return bank, test
+        if name != "trained" and not args.full:
+            return
+        probe = linear_probe(*bank, *test, classes, comm=ctx.comm, seed=args.seed)
+        values[f"linear_{name}"] = float(probe["top1"])
+        rows.append([f"linear probe (lr {probe['lr']:.3g}), {name}", probe["top1"], probe["top5"]])
+        if args.shots:
+            draws = few_shot(*bank, *test, shots=args.shots, seeds=args.draws, comm=ctx.comm)
+            for protocol, accuracies in draws.items():
+                values[f"{protocol}_{name}"] = statistics.mean(accuracies)
+                rows.append([f"{protocol}, {name}", values[f"{protocol}_{name}"], ""])
 
-    near("pixels", pixels(ctx.normalize))
-    with frozen(untrained):
-        near("untrained", ctx.encode(untrained))
-    with ctx.untouched():
-        bank, test = near("trained", ctx.encode())
-    probe = linear_probe(*bank, *test, class_count(bank[1], test[1]), comm=ctx.comm, seed=ctx.args.seed)
-    values["linear_trained"] = float(probe["top1"])
-    rows.append([f"linear probe (lr {probe['lr']:.3g}), trained", probe["top1"], probe["top5"]])
+    if "pixels" in args.rows:
+        measure("pixels", pixels(ctx))
+    if "untrained" in args.rows:
+        untrained = pretrained.backbone(ctx.cfg).to(ctx.device)
+        with frozen(untrained):
+            measure("untrained", ctx.encode(untrained))
+    if "trained" in args.rows:
+        with ctx.untouched():
+            measure("trained", ctx.encode())
     values |= speed(ctx.out)
     if ctx.comm.rank == 0:
-        setting = ctx.setting(k=k, temperature=temperature, bank=len(bank[0]), tested=len(test[0]))
-        record(ctx.out, "summary", ctx.step, values, setting, columns=("", "top-1", "top-5"), rows=rows)
+        setting = ctx.setting("train", "test", k=k, temperature=temperature, **sizes)
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("", "top-1", "top-5"), rows=rows)
         write_json(
             ctx.out / "summary.json", {**values, "step": ctx.step, "setting": setting, "run": config.to_tree(ctx.cfg)}
         )

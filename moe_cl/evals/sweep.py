@@ -10,7 +10,7 @@ a batch for all settings together, no graph.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,12 @@ class Protocol:
     scale: bool = True
     blocks: int = 1  # features of the last blocks
     augment: bool = True  # random-resized crops and flips, as published; features are then computed every epoch
+    least_steps: int = 0  # a small set is passed over more often, until there are so many
+
+    def on(self, images: int) -> Protocol:
+        """With the epochs that a training set of this size gets."""
+        steps = math.ceil(images / self.batch)
+        return replace(self, epochs=max(self.epochs, math.ceil(self.least_steps / steps)))
 
 
 _DECADES = tuple(m * 10.0**e for e in range(-5, 2) for m in (1, 3, 5, 7, 9))
@@ -47,7 +53,12 @@ PROTOCOLS: dict[str, Protocol] = {
     "crmoe": Protocol(lrs=_DECADES, weight_decays=(0.0, 1e-6), momentum=0.0, epochs=90, batch=1024),
     # ours: features computed once, a short sweep, for small sets and for monitoring
     "fast": Protocol(
-        lrs=tuple(10.0 ** (e / 2) for e in range(-5, 4)), epochs=30, batch=512, per="iteration", augment=False
+        lrs=tuple(10.0 ** (e / 2) for e in range(-5, 4)),
+        epochs=30,
+        batch=512,
+        per="iteration",
+        augment=False,
+        least_steps=1000,
     ),
 }
 
@@ -131,6 +142,21 @@ class Sweep:
                 for j, top in enumerate((1, 5)):
                     out[s, j] += hits(scores.nan_to_num(nan=-1e30), labels, top).sum()
         return self.comm.all_reduce(out)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, setting: int, chunk: int = 4096) -> Tensor:
+        """Classes (N,) that the head of one setting gives, on every rank."""
+        out = torch.zeros(len(x), dtype=torch.float64, device=self.device)
+        if setting in self.mine:
+            head = self.mine.index(setting)
+            out = torch.cat([self.logits(part)[:, head].argmax(1) for part in x.split(chunk)]).double()
+        return self.comm.all_reduce(out).long()
+
+
+def per_class(found: Tensor, labels: Tensor) -> float:
+    """Mean over the classes present of each one's accuracy; both (N,)."""
+    right = (found == labels).double()
+    return float(torch.stack([right[labels == c].mean() for c in labels.unique()]).mean())
 
 
 def split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Pretrain on this machine with N ranks through the DeepSpeed launcher; settings are checked before any rank starts.
 #
-#   bash launchers/local.sh N --recipe NAME [--out DIR] [--resume] [key=value ...]
+#   bash launchers/local.sh N --recipe NAME [--out DIR] [--resume] [key=value ...]     # relative paths: from where you stand
+#   MASTER_PORT=29501 bash launchers/local.sh ...     # a second run on the same machine
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case "${1:-}" in '' | *[!0-9]*) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;; esac
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+case "${1:-}" in '' | *[!0-9]*) sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;; esac
 ranks="$1"; shift
-. launchers/install.sh
+. "$root/launchers/install.sh"
 python -m moe_cl pretrain --check "$ranks" "$@"
-exec deepspeed --quiet --num_accelerators "$ranks" --module moe_cl pretrain "$@"
+exec deepspeed --quiet --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module moe_cl pretrain "$@"

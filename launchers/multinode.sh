@@ -17,12 +17,26 @@ ranks="$(awk '!/^ *(#|$)/ { split($2, slots, "="); total += slots[2] } END { pri
 [ "$ranks" -gt 0 ] || { echo "multinode: $hostfile has no line like 'host1 slots=8'" >&2; exit 2; }
 python -m moe_cl pretrain --check "$ranks" "$@"
 first="$(awk '!/^ *(#|$)/ { print $1; exit }' "$hostfile")"
-options=(--hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}")
+address="${MASTER_ADDR:-${first##*@}}" port="${MASTER_PORT:-29500}" launcher="${LAUNCHER:-pdsh}" more="${LAUNCHER_ARGS:-}"
+options=(--hostfile "$hostfile" --master_addr "$address" --master_port "$port")
 if [ -n "${NODE_RANK:-}" ]; then
   options+=(--no_ssh --node_rank "$NODE_RANK")
 else
   # A host whose link is gone must not hold the launcher for ever: ssh gives it up after 15 seconds.
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-  options+=(--launcher "${LAUNCHER:-pdsh}")
+  # mpirun tells the ranks no address of the first one, and would bind a rank with all its workers to one core.
+  [ "$launcher" = openmpi ] && more="-x MASTER_ADDR=$address -x MASTER_PORT=$port --bind-to none $more"
+  options+=(--launcher "$launcher" --launcher_args="$more")
+  # DeepSpeed's launcher carries no variables of this shell to the other hosts but those of its environment file: ours
+  # first, then the user's own, which win. The file has no name any more when the launcher reads it.
+  variables="$(mktemp)"
+  compgen -e | grep -E '^(PATH|DS_ACCELERATOR|OMP_NUM_THREADS|GLOO_SOCKET_IFNAME|NCCL_.*|TORCH_NCCL_.*|TORCH_FR_.*|MOE_CL_.*)$' |
+    while read -r name; do printf '%s=%s\n' "$name" "${!name}"; done >"$variables"
+  for file in "$HOME/${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do
+    [ -f "$file" ] && grep -E '^[A-Za-z_][A-Za-z_0-9]*=' "$file" >>"$variables" || true
+  done
+  exec 8<"$variables"
+  rm "$variables"
+  export DS_ENV_FILE=/proc/self/fd/8
 fi
 exec deepspeed "${options[@]}" --module moe_cl pretrain "$@"

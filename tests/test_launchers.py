@@ -1,14 +1,23 @@
 """The scripts: wrong options are one line and exit code 2, before anything is installed, started or written."""
 
+import os
+import socket
 import subprocess
+import sys
 
 import pytest
 
-from tests.small import ENV, ROOT
+from moe_cl.config import ConfigError
+from moe_cl.engine.ranks import Ranks, from_environment
+from tests.small import ENV, ROOT, make_shards, settings
+
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}  # fmt: skip
 
 
-def script(*words, env=ENV):
-    return subprocess.run(["bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def script(*words, env=ENV, timeout=120):
+    return subprocess.run(["bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +58,45 @@ def test_no_compiler_and_no_python_are_one_line(tmp_path):
     (tmp_path / "python3.11").symlink_to(ROOT / ".venv" / "bin" / "python")
     done = script("launchers/quickstart.sh", env=bare)
     assert done.returncode == 2 and done.stderr.strip().startswith("no g++ found")
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({}, Ranks(0, 0, 1, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Ranks(3, 1, 8, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, Ranks(3, 1, 8, 4)),  # DeepSpeed's name
+        ({**SRUN, "SLURM_STEP_ID": "0"}, Ranks(5, 1, 16, 4)),
+        (SRUN, Ranks(0, 0, 1, 1)),  # inside an allocation, but not started by srun
+        (OPEN_MPI, Ranks(2, 2, 4, 4)),
+        ({"RANK": "0", "WORLD_SIZE": "2", **SRUN, "SLURM_STEP_ID": "0", **OPEN_MPI}, Ranks(0, 0, 2, 2)),
+        ({**SRUN, "SLURM_STEP_ID": "0", **OPEN_MPI}, Ranks(5, 1, 16, 4)),
+        ({"RANK": "0"}, Ranks(0, 0, 1, 1)),
+    ],
+)
+def test_ranks_come_from_the_launcher_that_started_it(given, ranks, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert from_environment() == ranks
+
+
+def test_ranks_that_are_no_numbers_are_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="RANK='first' and WORLD_SIZE='2' must be numbers"):
+        from_environment()
+
+
+@pytest.mark.processes
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        who = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        run = settings(make_shards(tmp_path), tmp_path / "run", "moe.ep_size=2", "engine.collective_timeout=20")
+        command = [sys.executable, "-m", "moe_cl", "pretrain", *run]
+        done = subprocess.run(command, cwd=ROOT, env={**ENV, **who}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"moe_cl: port {who['MASTER_PORT']} is in use on {socket.gethostname()}" in done.stderr

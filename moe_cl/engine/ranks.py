@@ -82,7 +82,7 @@ def init(ranks: Ranks, timeout: float) -> Comm:
         leave_out_shm_op()
     # Groups made later (DeepSpeed's expert and data-parallel ones) take this default, not the world's own time-out.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
-    with quiet():
+    with quiet(), _port_taken_is_one_line():
         deepspeed.init_distributed(
             dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
             auto_mpi_discovery=False,
@@ -90,6 +90,17 @@ def init(ranks: Ranks, timeout: float) -> Comm:
             timeout=timedelta(seconds=timeout),
         )
     return DistComm()
+
+
+@contextlib.contextmanager
+def _port_taken_is_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error).lower():
+            raise
+        port, host = os.environ["MASTER_PORT"], socket.gethostname()
+        raise ConfigError(f"port {port} is in use on {host}: set MASTER_PORT to another one, or end its job") from None
 
 
 @contextlib.contextmanager

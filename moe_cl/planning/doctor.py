@@ -22,18 +22,20 @@ from moe_cl import config
 from moe_cl.config import ConfigError
 from moe_cl.planning import host
 
-CLOCK_SKEW, FREE_GIB, ASK_SECONDS = 2.0, 5.0, 90
+# A first start of torch from a network file system takes a minute by itself.
+CLOCK_SKEW, FREE_GIB, ASK_SECONDS = 2.0, 5.0, 180
 PASSED_ON = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
 
 
 @dataclass
 class Answer:
-    """What a host said. ``skew``: its clock minus this one's, seconds."""
+    """What a host said. ``skew``: its clock minus this one's, seconds. ``slots``: ranks the hostfile gives it."""
 
     name: str
     facts: dict[str, Any] | None = None
     skew: float = 0.0
     error: str = ""
+    slots: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,20 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-links", action="store_true", help="leave the bandwidth test out")
 
 
-def read_hostfile(path: str) -> list[str]:
-    """Host names in order. Raises ConfigError."""
+def read_hostfile(path: str) -> dict[str, int]:
+    """Host names in order, with their slots. Raises ConfigError."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"hostfile {path}: {error.strerror}") from None
-    hosts = []
+    hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#", 1)[0].split()
         if not words:
             continue
         if len(words) != 2 or not words[1].removeprefix("slots=").isdigit():
             raise ConfigError(f"hostfile {path}, line {number}: write it as 'HOST slots=N', found {line.strip()!r}")
-        hosts.append(words[0])
+        if words[0] in hosts:
+            raise ConfigError(
+                f"hostfile {path}, line {number}: {words[0]} stands there twice; give it all slots in one line"
+            )
+        hosts[words[0]] = int(words[1].removeprefix("slots="))
     if not hosts:
         raise ConfigError(f"hostfile {path} names no host; write lines like 'node1 slots=8'")
     return hosts
@@ -112,18 +118,18 @@ def problems(answers: list[Answer]) -> list[str]:
     good = [a for a in answers if a.facts]
     for a in good:
         out += [f"{a.name}: {line}" for line in _own(a.facts, a is good[0])]
+        if a.facts["devices"] and a.slots > len(a.facts["devices"]):
+            out.append(f"{a.name}: {a.slots} slots, but {len(a.facts['devices'])} devices; one rank a device")
         if abs(a.skew) > CLOCK_SKEW:
             out.append(f"{a.name}: its clock is {a.skew:+.0f} s off; start a time service (chrony) on it")
     for what, advice in (
         ("python", "install the same one"),
         ("collectives", "install the same driver and PyTorch"),
         ("kind", "use hosts with the same accelerators, or set DS_ACCELERATOR=cpu on all"),
-        ("config", "use the same checkout, recipe and settings on all"),
+        ("code", "use the same checkout on all"),
+        ("config", "use the same recipe, DeepSpeed JSON and settings on all"),
     ):
         out += _different(good, what, lambda f, what=what: f.get(what), advice)
-    for package in host.pins():
-        advice = "run launchers/install.sh there"
-        out += _different(good, package, lambda f, package=package: f["packages"].get(package), advice)
     out += _different(good, "data", lambda f: f.get("data", {}).get("digest"), "bring the same shards to all hosts")
     return out
 
@@ -132,7 +138,7 @@ def _own(facts: dict[str, Any], first: bool) -> list[str]:
     out = []
     wrong = [f"{n} {v} (pinned {host.pins()[n]})" for n, v in facts["packages"].items() if v != host.pins().get(n, v)]
     if wrong:
-        out.append(f"{', '.join(wrong[:3])}: run launchers/install.sh")
+        out.append(f"{', '.join(wrong[:3])}: run launchers/install.sh there")
     if facts["compiler"] == "missing" or not facts["ninja"]:
         out.append("no g++ or ninja, with which DeepSpeed compiles its parts: install g++, run launchers/install.sh")
     for key in ("disk", "data", "tracking"):
@@ -179,7 +185,8 @@ def links(names: list[str], port: int) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> int:
     """Ask, compare, print. 0 = all well, 1 = something to mend."""
     cfg = planned(args)
-    names = read_hostfile(args.hostfile) if args.hostfile else []
+    hosts = read_hostfile(args.hostfile) if args.hostfile else {}
+    names = list(hosts)
     if not names:
         facts = host.facts(cfg, args.port)
         if args.json:
@@ -191,6 +198,8 @@ def main(args: argparse.Namespace) -> int:
         with ThreadPoolExecutor(len(names)) as pool:
             rest = [*passed, "--port", str(args.port), *args.overrides]
             answers = list(pool.map(lambda name: ask(name, rest), names))
+        for answer in answers:
+            answer.slots = hosts[answer.name]
     found = problems(answers)
     speed: dict[str, Any] = {}
     if len(names) > 1 and not args.no_links and not any(a.error for a in answers):

@@ -16,11 +16,13 @@ import urllib.request
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
 from moe_cl import config
 from moe_cl.config import ConfigError
+from moe_cl.tracking import redact
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITE_BYTES = 64 << 20
@@ -41,6 +43,22 @@ def packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def code() -> str:
+    """A digest of the sources, recipes left out (what a recipe says is in the digest of the config)."""
+    digest = hashlib.sha256()
+    for path in [*sorted((ROOT / "moe_cl").rglob("*.py")), ROOT / "requirements.txt"]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def settings(cfg: config.RunConfig) -> str:
+    """A digest of everything a run is told: its whole config, and the DeepSpeed JSON that it names."""
+    from moe_cl.engine.checks import read_json
+
+    tree = [config.to_tree(cfg), read_json(cfg.engine.ds_config)]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compiler() -> str:
@@ -111,11 +129,16 @@ def server(uri: str | None) -> dict[str, Any]:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith("http"):
         return {"state": "off" if uri == "none" else "embedded"}
+    parts = urlsplit(uri)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + "/health"))
     try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5) as answer:
-            return {"state": "answers" if answer.status == 200 else f"answers {answer.status}"}
+        with urllib.request.urlopen(bare, timeout=5) as answer:
+            return {"state": f"answers {answer.status}".removesuffix(" 200")}
     except (urllib.error.URLError, OSError, ValueError) as error:
-        return {"error": f"no answer: {getattr(error, 'reason', error)}"}
+        if getattr(error, "code", 500) < 500:  # it is there; what it lets in is for its owner to say
+            return {"state": f"answers {error.code}"}
+        reason = getattr(error, "reason", error)
+        return {"error": f"no answer from {redact.text(uri)} ({reason}): start it, open its port, or set track.uri"}
 
 
 def port_free(port: int) -> bool:
@@ -135,6 +158,7 @@ def facts(cfg: config.RunConfig | None, port: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "packages": packages(),
+        "code": code(),
         "compiler": compiler(),
         "ninja": shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists(),
         "cores": psutil.cpu_count(),
@@ -146,8 +170,7 @@ def facts(cfg: config.RunConfig | None, port: int) -> dict[str, Any]:
         "tracking": server(cfg.track.uri if cfg else None),
     }
     if cfg is not None:
-        tree = json.dumps(config.to_tree(cfg), sort_keys=True)
-        out["config"] = hashlib.sha256(tree.encode()).hexdigest()[:16]
+        out["config"] = settings(cfg)
         if cfg.data.train:
             out["data"] = data_set(cfg.data.train)
     out["time"] = time.time()

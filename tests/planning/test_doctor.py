@@ -35,15 +35,15 @@ def test_this_machine_is_well(facts):
 def test_versions(facts):
     packages = {**facts["packages"], "deepspeed": "0.1.0"}
     lines = problems(two(facts, packages=packages))
-    assert any(line.startswith("b: deepspeed 0.1.0 (pinned ") for line in lines)
-    assert any("deepspeed differs: a " in line and "launchers/install.sh" in line for line in lines)
+    assert len(lines) == 1 and lines[0].startswith("b: deepspeed 0.1.0 (pinned ") and "install.sh" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"python": "3.12.1"}, "python differs"),
-        ({"config": "0000"}, "config differs: a None, b 0000; use the same checkout, recipe and settings"),
+        ({"config": "0000"}, "config differs: a None, b 0000; use the same recipe, DeepSpeed JSON and settings on all"),
+        ({"code": "0000"}, "b 0000; use the same checkout on all"),
         ({"data": {"samples": 1, "digest": "x"}}, "data differs"),
         ({"data": {"error": "data/x does not exist"}}, "b: data: data/x does not exist"),
         ({"compiler": "missing"}, "b: no g++ or ninja"),
@@ -82,11 +82,17 @@ def test_a_host_that_cannot_be_reached(tmp_path, capsys):
     assert "no-such-host.invalid: ssh cannot reach it" in tree["problems"][0]
 
 
-@pytest.mark.parametrize("text", ["", "node1\n", "node1 slots=many\n", "# nothing\n"])
+def test_more_slots_than_devices(facts):
+    gpus = {**facts, "kind": "cuda", "devices": ["H100 80 GiB"] * 4}
+    assert problems([Answer("a", gpus, slots=8)]) == ["a: 8 slots, but 4 devices; one rank a device"]
+    assert problems([Answer("a", gpus, slots=4)]) == []
+
+
+@pytest.mark.parametrize("text", ["", "node1\n", "node1 slots=many\n", "# nothing\n", "a slots=1\na slots=1\n"])
 def test_bad_hostfile(tmp_path, text):
     path = tmp_path / "hosts"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="slots=N|names no host"):
+    with pytest.raises(ConfigError, match="slots=N|names no host|twice"):
         read_hostfile(str(path))
 
 

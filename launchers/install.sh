@@ -14,6 +14,7 @@ _start=$SECONDS
 # A .venv without pip is half made (Debian without python3-venv): it is made again.
 "$_root/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$_python" -m venv --clear "$_root/.venv" || { echo "could not make .venv: install python3-venv" >&2; exit 2; }
 export PATH="$_root/.venv/bin:$PATH" VIRTUAL_ENV="$_root/.venv"
+export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}" # started from any directory: relative paths are the caller's
 # tests/requirements.txt holds requirements.txt too, so one stamp a file list is enough.
 _stamp="$_root/.venv/.installed-$(cat "$_root/requirements.txt" "${_files[@]}" | sha256sum | cut -c1-16)"
 if [ ! -f "$_stamp" ]; then

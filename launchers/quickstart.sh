@@ -4,7 +4,9 @@
 #
 #   bash launchers/quickstart.sh [--out DIR] [--epochs N] [--data fashion-mnist|digits] [--data-from DIR] [key=value ...]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# Given paths are taken from where you stand; what is not given lies in the checkout.
+[ "$PWD" = "$root" ] && home="" || home="$root/"
 usage() { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; }
 
 out="" data=fashion-mnist from=() pass=()
@@ -30,19 +32,19 @@ case "$data" in
   *) echo "quickstart: --data is fashion-mnist or digits, not '$data'" >&2; exit 2 ;;
 esac
 if [ -z "$out" ]; then
-  out=runs/quickstart
-  [ "$data" = fashion-mnist ] || out="runs/quickstart-$data"
+  out="${home}runs/quickstart"
+  [ "$data" = fashion-mnist ] || out="${home}runs/quickstart-$data"
 fi
 
-. launchers/install.sh
+. "$root/launchers/install.sh"
 export DS_ACCELERATOR=cpu
 say() { printf '\n== %s\n' "$*"; }
 
 say "Data: $data"
-shards="data/$data"
-python -m data_prep fetch "$data" --out "data/raw/$data" ${from[@]+"${from[@]}"}
+shards="${home}data/$data" raw="${home}data/raw/$data"
+python -m data_prep fetch "$data" --out "$raw" ${from[@]+"${from[@]}"}
 for split in train test; do
-  python -m data_prep shard "$data:data/raw/$data" --split "$split" --out "$shards"
+  python -m data_prep shard "$data:$raw" --split "$split" --out "$shards"
 done
 
 run=(--recipe "$recipe" --out "$out" "data.train=$shards/train" "eval.bank=$shards/train" "eval.test=$shards/test" ${pass[@]+"${pass[@]}"})
@@ -66,11 +68,11 @@ else
   python -m moe_cl report "$out"
 fi
 
-say "Done. Everything is in $out"
+say "Done in $SECONDS s, $MOE_CL_INSTALL_SECONDS s of them installation. Everything is in $out"
 cat <<EOF
   figures of this run      $out/summary.json
   report (open offline)    $out/report.html
   every step               $out/journal.jsonl
   checkpoints              $out/checkpoints/
-  MLflow                   .venv/bin/mlflow ui --backend-store-uri sqlite:///$out/mlflow.db
+  MLflow                   ${home}.venv/bin/mlflow ui --backend-store-uri sqlite:///$out/mlflow.db
 EOF

@@ -4,10 +4,10 @@
 #   NPROC=8 bash launchers/torchrun.sh --recipe NAME [--out DIR] [--resume] [key=value ...]
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=HOST NPROC=8 bash launchers/torchrun.sh ...
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -gt 0 ] || { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
-. launchers/install.sh
-. launchers/timeouts.sh
+. "$root/launchers/install.sh"
+. "$root/launchers/timeouts.sh"
 nproc="${NPROC:-1}" nodes="${NNODES:-1}"
 python -m moe_cl pretrain --check $((nproc * nodes)) "$@"
 exec torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$nproc" \

@@ -37,6 +37,7 @@ class DataConfig:
     max_bad_fraction: Share = 0.01
     max_pixels: Count = 100_000_000  # header gate before decoding
     decoder: Literal["auto", "simplejpeg", "opencv", "torchvision", "pil"] = "auto"
+    labels: Literal["optional", "required"] = "optional"  # required: a sample without one is replaced
     log_sample_ids: bool = False
 
 

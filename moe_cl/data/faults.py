@@ -21,7 +21,7 @@ TRUNCATED_TAR = "truncated_tar"
 TOO_MANY_PIXELS = "too_many_pixels"
 VANISHED_SHARD = "vanished_shard"
 STALE_INDEX = "stale_index"  # the tar is not the one that was indexed
-MISSING_LABEL = "missing_label"  # counted; the image is used all the same, pretraining needs no label
+MISSING_LABEL = "missing_label"  # replaced where labels are needed; else counted, and the image is used
 LASTING = (CORRUPT_IMAGE, TRUNCATED_TAR, ZERO_LENGTH, TOO_MANY_PIXELS, UNSAFE_MEMBER, VANISHED_SHARD, STALE_INDEX)
 
 SERVER_ERROR = "server_error"  # 5xx
@@ -81,7 +81,7 @@ class Tally:
             self.counts[name] += count
             if (self.counts[name] - count).bit_length() != self.counts[name].bit_length():
                 log.warning("%s (%s: %d so far)", describe(event), name, self.counts[name])
-            if event["name"] == "bad_sample" and name != MISSING_LABEL:
+            if event["name"] == "bad_sample":
                 bad[event["position"]] += 1
                 self.worst = [*self.worst, describe(event)][-20:]
         for position in positions:

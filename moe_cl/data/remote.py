@@ -1,7 +1,8 @@
 """Byte ranges of remote files through fsspec: many at once, in pieces, retried with back-off, continued after a break.
 
-A range is fetched in pieces of at most ``PIECE`` bytes by range requests; a dropped connection or a short answer costs
-the piece under way, never what came before it. How long a disturbed source is waited for is the caller's patience.
+A range is fetched in pieces of at most ``PIECE`` bytes, several at once; after a dropped connection or a short answer
+the next request starts at the first byte that is missing. How long a disturbed source is waited for is the caller's
+patience.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from moe_cl.config import ConfigError
-from moe_cl.data import faults
+from moe_cl.data import faults, partial
 from moe_cl.data.faults import SampleFault, SourceLost
 
 log = logging.getLogger("moe_cl.data")
@@ -161,44 +162,43 @@ class RangeReader:
         while waiting:
             starts = [pieces[n][2] + len(got.get(n, b"")) for n in waiting]
             urls, stops = [pieces[n][1] for n in waiting], [pieces[n][3] for n in waiting]
-            answers = self._system(urls[0]).cat_ranges(urls, starts, stops, on_error="return")
+            answers = partial.read(self._system(urls[0]), urls, starts, stops)
             again = []
-            for n, start, answer in zip(waiting, starts, answers, strict=True):
+            for n, start, (data, error) in zip(waiting, starts, answers, strict=True):
                 i, url, _, stop = pieces[n]
                 if i in broken:
                     continue
                 try:
-                    name = self._take(answer, url, start, stop)
+                    name = self._take(data, error, url, start, stop)
                 except SampleFault as fault:
                     broken[i] = fault
                     continue
-                if isinstance(answer, bytes) and answer:
-                    got[n] = got.get(n, b"") + answer
+                if data:
+                    got[n] = got.get(n, b"") + data
                     self.patience.progress()
                 if name:
                     again.append(n)
-                    why = answer if isinstance(answer, BaseException) else "fewer bytes than asked for"
-                    self.patience.note(name, url, why)
+                    self.patience.note(name, url, error or "fewer bytes than asked for")
             if again:
                 self.patience.wait()
             waiting = again
         for n, (i, *_) in enumerate(pieces):
             found[i].append(got.get(n, b""))
 
-    def _take(self, answer: bytes | BaseException, url: str, start: int, stop: int) -> str | None:
+    def _take(self, data: bytes, error: BaseException | None, url: str, start: int, stop: int) -> str | None:
         """None if the answer is complete, else the transient fault's name. Raises SampleFault, ConfigError."""
-        if isinstance(answer, BaseException):
-            if self._past_end(answer) and stop > (size := self.size(url)):
-                raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
-            name = transient(answer)
-            if name is None:
-                raise self._lasting(url, answer)
-            return name
-        if len(answer) > stop - start:
+        if len(data) > stop - start:
             raise ConfigError(f"{url}: the server ignores range requests; use one that knows them, or local copies")
-        if len(answer) == stop - start:
+        if len(data) == stop - start:
             return None
-        if start + len(answer) == (size := self.size(url)):
+        if error is not None:
+            if self._past_end(error) and stop > (size := self.size(url)):
+                raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
+            name = transient(error)
+            if name is None:
+                raise self._lasting(url, error)
+            return name
+        if start + len(data) == (size := self.size(url)):
             raise SampleFault(faults.TRUNCATED_TAR, f"{url} has {size} bytes, byte {stop} was asked for")
         return faults.SHORT_READ
 

@@ -94,7 +94,7 @@ class BatchMaker(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, order: Order, spec: ViewSpec, cfg: DataConfig):
         self.images = Images(dataset, cfg, smallest_side(spec))
-        self.order, self.spec = order, spec
+        self.order, self.spec, self.labels_needed = order, spec, cfg.labels == "required"
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> Made:
         events: list[dict[str, Any]] = []
@@ -124,7 +124,10 @@ class BatchMaker(torch.utils.data.Dataset):
         try:
             while True:
                 try:
-                    return self.images.decode(data), sample_id
+                    image = self.images.decode(data)
+                    if self.labels_needed and self.images.reader.labels(np.array([sample_id]))[0][0] < 0:
+                        raise SampleFault(faults.MISSING_LABEL, "data.labels=required, and it has none")
+                    return image, sample_id
                 except SampleFault as fault:
                     failed.append(self.images.fault_event(fault, epoch, position, sample_id))
                 if len(failed) >= faults.IN_A_ROW:

@@ -14,7 +14,8 @@ from pathlib import Path
 class Site:
     """A folder served over HTTP. ``script`` is consumed one action a GET of a tar: None = answer properly;
     ("status", code[, headers]), ("reset", n) = n bytes and a reset, ("short", n) = a proper answer of n bytes only,
-    ("stall", seconds) = silence. ``always`` is an action for every GET of a tar.
+    ("break", n) = n bytes of a longer answer and its end, ("stall", seconds) = silence. ``always`` is an action for
+    every GET of a tar.
     ``log`` = (path, start, stop, sent)."""
 
     folder: Path
@@ -83,6 +84,8 @@ def _handler(site: Site):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
             self.end_headers()
             self.wfile.write(sent)
+            if action and action[0] == "break":
+                self.close_connection = True
             if action and action[0] == "reset":
                 self.wfile.flush()
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -183,6 +183,20 @@ def test_missing_label_is_counted_and_the_image_used(folder):
     assert labels.pop(BAD) == -1 and all(x == i % 10 for i, x in labels.items())
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_where_labels_are_needed_a_missing_one_is_replaced(folder, workers):
+    expected = epoch(loader(pattern(folder)))
+    rewrite(folder, {"png": members(BAD)["png"]})
+    source = loader(pattern(folder), workers, labels="required")
+    found = epoch(source)
+    source.close()
+    (event,) = [e for e in source.drain_events() if e["name"] == "bad_sample"]
+    assert event["fault"] == faults.MISSING_LABEL and event["bad"] == BAD and source.counts == {faults.MISSING_LABEL: 1}
+    for x, y in zip(found, expected, strict=True):
+        assert (x.labels >= 0).all() and BAD not in x.sample_ids.tolist()
+        assert torch.equal(x.sample_ids[y.sample_ids != BAD], y.sample_ids[y.sample_ids != BAD])
+
+
 def test_substitutes_are_the_same_for_any_workers_and_after_a_restart(folder):
     corrupt_jpeg(folder)
     plain = [b.sample_ids.tolist() for b in epoch(loader(pattern(folder)))]
@@ -204,7 +218,7 @@ def test_too_many_bad_samples_stop_with_the_list(folder, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_everything_bad_stops_after_a_hundred_in_a_row(folder, workers):
     for path in folder.glob("*.tar"):
-        os.truncate(path, 0)
+        os.truncate(path, 512)  # one without a byte would be refused at the start
     source = loader(pattern(folder), workers, max_bad_fraction=1.0)
     with pytest.raises(TooManyFaults, match="100 bad samples in a row"):
         next(source)

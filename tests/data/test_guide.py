@@ -2,16 +2,15 @@
 
 import io
 import re
-import shlex
 import tarfile
-from pathlib import Path
 
 import pytest
 
 from tests.data.shards import encoded, picture
 from tests.data_prep.test_sources import make_devkit
+from tests.guide import DOCS, run
 
-GUIDE = Path(__file__).parents[2] / "docs" / "data.md"
+GUIDE = DOCS / "data.md"
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -39,24 +38,14 @@ def imagenet(tmp_path, monkeypatch):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(val)
     ids = dict(enumerate(synsets, 1))
     make_devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", ids, list(ids))
+    (tmp_path / "1percent.txt").write_text("".join(f"{synset}_3.JPEG\n" for synset in synsets[::4]))
+    (tmp_path / "imagenet100.txt").write_text("\n".join(synsets[5:15]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run(command):
-    """A command of the guide in this process (a start of Python with torch costs seconds)."""
-    python, m, module, *argv = shlex.split(command)
-    assert (python, m) == ("python", "-m")
-    if module == "data_prep":
-        from data_prep.cli import main
-    else:
-        assert module == "moe_cl"
-        from moe_cl.cli import main
-    assert main(argv) == 0, command
-
-
 def test_every_command_of_the_guide(imagenet):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6
     for kind, text in BLOCKS:
         if kind == "python":
             exec(compile(text, str(GUIDE), "exec"), space := {})

@@ -134,6 +134,37 @@ def test_a_dropped_connection_continues_by_range(site, folder, monkeypatch):
     assert sent <= len(data) - 100 + 3 * 1000  # what had come before the drop was not asked for again
 
 
+def test_an_answer_that_breaks_off_continues_at_its_last_byte(site, folder):
+    name = "set-train-000002.tar"
+    data = (folder / name).read_bytes()
+    site.script[:] = [("break", 5000), ("break", 1), ("break", 20_000)]
+    patience = remote.Patience(5.0)
+    (got,) = remote.RangeReader(patience).fetch([(f"{site.url}/{name}", 100, 60_100)])
+    assert got == data[100:60_100]
+    assert [entry[1] for entry in site.log] == [100, 5100, 5101, 25_101]  # byte for byte, nothing twice
+    assert sum(n for *_, n in site.log) == 60_000
+    (event,) = patience.drain()
+    assert event["fault"] == faults.SHORT_READ and event["count"] == 3
+
+
+def test_s3_continues_at_the_last_byte_too(tmp_path, folder, monkeypatch):
+    name = "set-train-000002.tar"
+    data = (folder / name).read_bytes()
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / name).write_bytes(data)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the end point it was made with
+    with http_site(tmp_path) as site:  # get_object is a GET of /bucket/key
+        for key, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": site.url,
+                           "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+            monkeypatch.setenv(key, value)
+        site.script[:] = [("break", 5000), ("break", 7)]
+        (got,) = remote.RangeReader(remote.Patience(5.0)).fetch([(f"s3://bucket/{name}", 100, 30_100)])
+    assert got == data[100:30_100]
+    assert [entry[1] for entry in site.log] == [100, 5100, 5107]
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 def test_a_short_answer_continues_at_its_end(site, folder):
     site.script[:] = [("short", 700)]
     name = "set-train-000000.tar"

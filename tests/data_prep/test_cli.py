@@ -35,3 +35,23 @@ def test_no_verb_is_exit_code_2():
     with pytest.raises(SystemExit) as caught:
         main([])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["shrad"], "invalid choice: 'shrad'"),
+        (["shard", "images"], "arguments are required: --out"),
+        (["shard", "images", "--out", "x", "--workers", "0"], "a whole number of at least 1 is needed, found '0'"),
+        (["shard", "images", "--out", "x", "--max-count", "many"], "a whole number of at least 1 is needed"),
+        (["lint", "x", "--nothing"], "unrecognized arguments: --nothing"),
+        (["stats", "x", "--seed", "-1"], "a whole number of at least 0"),
+        (["subset"], "arguments are required"),
+        (["index"], "arguments are required"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(argv, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    err = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and "\n" not in err and err.startswith("error: ") and says in err and "--help" in err

@@ -75,8 +75,12 @@ def main(args: argparse.Namespace) -> int:
         rows = []
         for name in config.recipe_names():
             cfg = config.load(name, [], methods.params_of)
-            rows.append([name, cfg.method, cfg.model.backbone, f"{cfg.schedule.epochs:g}", cfg.batch.global_batch,
-                         about(config.recipe_path(name))])  # fmt: skip
+            epochs = f"{cfg.schedule.stop_epochs or cfg.schedule.epochs:g}"
+            if cfg.follows:
+                before = config.load(cfg.follows, [], methods.params_of).schedule
+                epochs = f"{before.stop_epochs or before.epochs:g} to {epochs}"
+            what = about(config.recipe_path(name))
+            rows.append([name, cfg.method, cfg.model.backbone, epochs, cfg.batch.global_batch, what])
         table(["recipe", "method", "backbone", "epochs", "batch", "what"], rows)
         if sweep_names():
             print(f"sweeps (recipes sweep NAME): {', '.join(sweep_names())}")

@@ -111,6 +111,7 @@ class ScheduleConfig:
 
     epochs: Positive = 100.0
     max_steps: Count | None = None  # stops earlier; schedules keep the length of ``epochs``
+    stop_epochs: Positive | None = None  # the same in epochs: the first phase of a run in two
     warmup_epochs: Amount = 0.0
     kind: Literal["cosine", "step", "constant", "dino"] = "cosine"
     per: Literal["iteration", "epoch"] = "iteration"
@@ -192,6 +193,7 @@ class RunConfig:
 
     method: str = "crmoe"
     recipe: str = ""
+    follows: str = ""  # the recipe whose run this one goes on from (model.init_from): two phases of one training
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     out: str = "runs/default"
     resume: bool = False

@@ -44,7 +44,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world)
         stack.callback(loader.close)
         per_epoch = loader.steps_per_epoch
-        total = min(cfg.schedule.max_steps or 2**62, round(cfg.schedule.epochs * per_epoch))
+        total = schedules.total_steps(cfg.schedule, per_epoch)
         last = store.latest_complete(out)
         if last is not None:
             same_run(cfg, out)

@@ -38,6 +38,12 @@ def dino(
     return cosine(base, end, (step - warmup) / max(round(epochs * steps_per_epoch) - warmup, 1))
 
 
+def total_steps(schedule: ScheduleConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, whatever it started from."""
+    epochs = min(schedule.epochs, schedule.stop_epochs or schedule.epochs)
+    return min(schedule.max_steps or 2**62, round(epochs * steps_per_epoch))
+
+
 def learning_rate(step: int, steps_per_epoch: int, peak: float, schedule: ScheduleConfig) -> float:
     """Learning rate of optimizer step ``step``.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_cl import methods
 from moe_cl.comm import Comm, LocalComm
-from moe_cl.config import RunConfig
+from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import checks, large_batch, optim, ranks, schedules
 from moe_cl.engine.checkpoint import start
 from moe_cl.engine.clip import GradientControl
@@ -78,7 +78,16 @@ def check_model(cfg: RunConfig, images: int) -> None:
     """
     groups.check(cfg.engine.statistics, images)
     if cfg.model.init_from:
-        start.check(cfg.model.init_from)
+        try:
+            start.check(cfg.model.init_from)
+        except ConfigError as error:
+            if not cfg.follows:
+                raise
+            first = f"pretrain --recipe {cfg.follows} --out {cfg.model.init_from}"
+            raise ConfigError(
+                f"{error}; {cfg.recipe} goes on from the run of {cfg.follows}: start with `{first}`, or take "
+                "model.init_from= for one phase from a random start"
+            ) from None
     one = copy.deepcopy(cfg)
     one.moe.ep_size, one.model.compile = 1, False
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -13,6 +14,7 @@ from moe_cl.engine import optim, schedules
 from moe_cl.engine.setup import build_method
 from moe_cl.recipes.cli import commands, sweep_names
 from moe_cl.views.spec import Batch, build_spec
+from tests.guide import DOCS
 from tests.plain import Run
 
 CUT = {  # sizes alone; what a recipe decides stays
@@ -52,7 +54,17 @@ def cut(name: str) -> config.RunConfig:
     return config.load(name, sizes, methods.params_of)
 
 
-def one_step(cfg: config.RunConfig) -> tuple[torch.Tensor, dict]:
+HEALTH = {  # beside spread and effective rank of the features
+    "moco": {"positive", "negative", "queue_age"},
+    "jcl": {"positive", "negative", "queue_age", "key_spread"},
+    "simclr": {"positive", "negative"},
+    "mocov3": {"positive", "negative"},
+    "crmoe": {"positive", "negative"},
+    "esvit": {"teacher_entropy", "kl", "centre_norm"},
+}
+
+
+def one_step(cfg: config.RunConfig) -> tuple[torch.Tensor, dict, dict]:
     torch.manual_seed(0)
     spec, samples = build_spec(cfg.views), cfg.batch.global_batch
     views = [torch.randn(count * samples, 3, size, size) for size, count in spec.resolutions]
@@ -64,13 +76,18 @@ def one_step(cfg: config.RunConfig) -> tuple[torch.Tensor, dict]:
     optimizer = optim.build(optim.param_groups(student, cfg.optim), cfg.optim, peak)
     run.optimize(optimizer)
     loss = run.step(Batch(views, boxes, ids, ids, ids), cfg.teacher.momentum)
-    return loss, run.grads
+    return loss, run.grads, run.metrics
 
 
 @pytest.mark.parametrize("name", config.recipe_names())
 def test_one_step(name):
-    loss, grads = one_step(cut(name))
+    cfg = cut(name)
+    loss, grads, metrics = one_step(cfg)
     assert torch.isfinite(loss) and grads and all(torch.isfinite(g).all() for g in grads.values())
+    wanted = {"feature_std", "effective_rank", *HEALTH[cfg.method]}
+    wanted |= {"match_rate"} if getattr(cfg.params, "consistency", "") in ("overlap", "similarity") else set()
+    wanted |= {"match_unique"} if getattr(cfg.params, "regions", False) else set()
+    assert {f"health/{name}" for name in wanted} <= metrics.keys()
 
 
 @pytest.mark.parametrize("name", config.recipe_names())
@@ -81,6 +98,14 @@ def test_says_what_it_is(name):
     assert len(head) >= 2 and f"--recipe {name}" in text or "quickstart" in text
     if "fmnist" not in name:
         assert "Hardware" in text and "Expected" in text
+
+
+def test_every_recipe_and_sweep_has_its_place_in_the_guide():
+    text = (DOCS / "methods.md").read_text()
+    for braces in re.findall(r"`(\w+)\{([\w,]+)\}(\w*)`", text):
+        text += "".join(f" `{braces[0]}{middle}{braces[2]}`" for middle in braces[1].split(","))
+    missing = [name for name in [*config.recipe_names(), *sweep_names()] if f"`{name}`" not in text]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", sweep_names())

@@ -5,11 +5,13 @@
 #   LAUNCHER=openmpi bash launchers/multinode.sh ...        # pdsh (default), openmpi, slurm, mpich ...: DeepSpeed's names
 #   NODE_RANK=0 MASTER_ADDR=HOST bash launchers/multinode.sh ...   # no ssh: the same command on every host, its number each
 #
-# Every host needs this checkout and .venv at the same path, and the data and the out dir under the same names.
+# Every host needs this checkout and .venv at the same path, and the data and the out dir under the same names. Relative
+# names in the settings are taken from the checkout, the one place that all hosts have; HOSTFILE from where you stand.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hostfile="${1:-}"
 [ -n "$hostfile" ] && [ -f "$hostfile" ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+hostfile="$(realpath "$hostfile")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
 . launchers/install.sh
 . launchers/timeouts.sh

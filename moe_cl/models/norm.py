@@ -166,13 +166,15 @@ class _JointNorm(torch.autograd.Function):
         var = (square - mean**2).clamp(min=0)
         scale_VC = torch.rsqrt(var + eps).to(mean_VC.dtype)
         mean_VC, var_VC = mean.to(mean_VC.dtype), var.to(mean_VC.dtype)
-        y = (x_VBCP - _wide(mean_VC)) * _wide(scale_VC)
+        # Written through a view of what is returned: a view itself could not be changed in place (ReLU) afterwards.
+        y = torch.empty(x.shape, dtype=x_VBCP.dtype, device=x.device)
+        y_VBCP = torch.sub(x_VBCP, _wide(mean_VC), out=y.view(x_VBCP.shape)).mul_(_wide(scale_VC))
         if weight is not None:
-            y = y * weight.to(y.dtype)[:, None] + bias.to(y.dtype)[:, None]
+            y_VBCP.mul_(weight.to(y.dtype)[:, None]).add_(bias.to(y.dtype)[:, None])
         ctx.save_for_backward(x, weight, mean_VC, scale_VC, total)
         ctx.comm, ctx.views = comm, views
         ctx.mark_non_differentiable(mean_VC, var_VC, total)
-        return y.view(x.shape).to(x.dtype), mean_VC, var_VC, total
+        return y.to(x.dtype), mean_VC, var_VC, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

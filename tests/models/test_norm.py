@@ -230,3 +230,18 @@ def test_split_bn_of_one_rank_is_shuffle_bn_of_two():
         np.testing.assert_allclose(p.grad, g[f"ddp_grad/encoder_q.{name}"], rtol=1e-9, atol=1e-12)
     mean = (g["rank0/sd1/encoder_k.bn.running_var"] + g["rank1/sd1/encoder_k.bn.running_var"]) / 2
     np.testing.assert_allclose(key.bn.running_var, mean, rtol=1e-9)
+
+
+def _then_relu_in_place(comm):
+    norm, x = BatchNorm(3, comm=comm), torch.randn(4, 3, 2, 2, requires_grad=True)
+    y = torch.relu_(norm(x))
+    y.sum().backward()
+    return y.detach(), x.detach()
+
+
+def test_output_of_joint_statistics_may_be_changed_in_place():
+    """As a ResNet does."""
+    (y0, x0), (y1, x1) = SimComm.run(2, _then_relu_in_place)
+    together = torch.cat([x0, x1])
+    expected = torch.relu(BatchNorm(3)(together))
+    torch.testing.assert_close(torch.cat([y0, y1]), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,175 @@
+"""What this machine reaches (``plan --calibrate FILE``): the figures of ``hardware.Hardware``, measured.
+
+Products and convolutions are timed forward and backward in shapes of the networks here (ViT-S/16, ResNet-50), memory
+by an activation function that makes a new tensor, messages between two processes, images through the loader's code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from moe_cl.config import ViewsConfig
+from moe_cl.data.decode import decode
+from moe_cl.models.vit import attention
+from moe_cl.planning.hardware import GIB, GPUS, LINE, Hardware
+from moe_cl.views.augment import make_views
+from moe_cl.views.spec import build_spec
+
+Clock = Callable[[], float]
+
+
+def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_counter) -> Hardware:
+    """This machine's accelerator if it has one, else its processor with torch's threads.
+
+    Args:
+        seconds: for each of about a dozen figures. links: start two processes that send to each other; without them
+            the links are those of an H100's node. clock: processor time where others compute on the machine too.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timer = Timer(device, seconds, clock)
+    rates = {dtype: products(timer, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    other = _links() if links else {}
+    known = GPUS["H100-80G"]
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        name, memory, reserve = found.name, found.total_memory, known.reserve
+    else:
+        name, memory, reserve = f"CPU, {torch.get_num_threads()} threads a rank", psutil.virtual_memory().total, GIB
+    return Hardware(
+        name=name, memory=float(memory), low=rates[torch.bfloat16], full=rates[torch.float32],
+        stream=stream(timer), link=other.get("link", known.link), network=known.network,
+        launch=launch(timer), latency=other.get("latency", known.latency), reserve=float(reserve),
+        image=image(timer), gpu=device.type == "cuda", types=["bf16", "fp16"],
+        source=f"measured {time.strftime('%Y-%m-%d')}; the network is not: {known.network / LINE / 1e9 * 8:.0f} Gbit/s",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timer:
+    """How things are timed: for about ``seconds`` each, on ``device``, by ``clock``."""
+
+    device: torch.device
+    seconds: float
+    clock: Clock = time.perf_counter
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Median seconds of ``run``, at least three times, after two that are not counted."""
+        times: list[float] = []
+        end = float("inf")
+        for number in range(10_000):
+            begin = self.clock()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            if number == 1:
+                end = time.perf_counter() + self.seconds
+            if number > 1:
+                times.append(self.clock() - begin)
+                if len(times) >= 3 and time.perf_counter() > end:
+                    break
+        return float(np.median(times))
+
+
+def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s forward and backward: a ViT's linear layer, its attention (products, whole), 3x3 convolutions."""
+    device = timer.device
+    images = 64 if device.type == "cuda" else 8
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+
+    def rate(call: Callable[..., torch.Tensor], flops: float, *inputs: torch.Tensor) -> float:
+        grad = torch.ones_like(call(*inputs))
+
+        def run() -> None:
+            torch.autograd.grad(call(*inputs), inputs, grad)
+
+        return 3 * flops / timer(run)  # backward: twice the forward
+
+    n, d, heads, t = images, 384, 6, 197
+    out = {"matmul": rate(F.linear, 2.0 * n * t * d * 4 * d, tensor(n, t, d), tensor(4 * d, d))}
+    pairs = 2.0 * n * heads * t * t * (d // heads)
+    q, k = tensor(n * heads, t, d // heads), tensor(n * heads, d // heads, t)
+    out["batched"] = rate(torch.bmm, pairs, q, k)
+    flops, inputs = 0.0, []
+    for channels, side in ((64, 56), (256, 14)):
+        inputs += [tensor(n, channels, side, side), tensor(channels, channels, 3, 3)]
+        flops += 2.0 * n * side * side * channels * channels * 9
+    out["conv"] = rate(
+        lambda x, w, y, v: torch.cat([F.conv2d(x, w, padding=1).flatten(), F.conv2d(y, v, padding=1).flatten()]),
+        flops, *inputs,
+    )  # fmt: skip
+    out["attention"] = rate(attention, 2 * pairs, *(tensor(n, heads, t, d // heads) for _ in range(3)))
+    return out
+
+
+def stream(timer: Timer) -> float:
+    """Bytes/s read and written by GELU on a ViT's hidden layer, forward."""
+    x = torch.randn((64 if timer.device.type == "cuda" else 8) * 197, 1536, device=timer.device)
+    return 2 * x.numel() * 4 / timer(lambda: F.gelu(x))
+
+
+def launch(timer: Timer) -> float:
+    """Seconds of an operation without work, forward and backward counted alike."""
+    x = torch.ones(8, device=timer.device, requires_grad=True)
+
+    def run() -> None:
+        y = x
+        for _ in range(100):
+            y = y * 1.0
+        y.sum().backward()
+
+    return timer(run) / 200
+
+
+def image(timer: Timer) -> float:
+    """Seconds in which this core decodes a 500 x 375 JPEG and makes MoCo v3's two views of 224 px."""
+    smooth = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    picture = Image.fromarray(smooth).resize((500, 375), Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(1).integers(-16, 16, (375, 500, 3))
+    picture = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+    picture.save(stream, "JPEG", quality=92)
+    spec, threads = build_spec(ViewsConfig(spec="mocov3")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        step = iter(range(10_000))
+        one = dataclasses.replace(timer, device=torch.device("cpu"))
+        return one(lambda: make_views(decode(stream.getvalue()), spec, 0, 0, next(step)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _links() -> dict[str, float]:
+    """Two processes of this host send to each other (``links.py``); the slower of all-reduce and all-to-all counts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "moe_cl.planning.links"], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = processes[0].communicate(timeout=300)[0]
+    processes[1].communicate(timeout=60)
+    found = json.loads(said.strip().splitlines()[-1])
+    slower = min(found["all_reduce_mb_s"], found["all_to_all_mb_s"])
+    return {"link": slower * 1e6, "latency": found["latency_ms"] / 1e3}

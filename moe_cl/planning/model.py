@@ -1,0 +1,251 @@
+"""From a traced step to memory, time and traffic of a run: the stated model.
+
+Operation: max(FLOPs / rate of its kind, bytes / stream, launch). Step: student + teacher + loss + backward, then
+optimizer and EMA (bytes / stream), then messages; nothing overlaps (``overlap_comm: false``), but for reading data.
+Messages of S bytes over n ranks (rings inside a node, all of a node's ranks together on its network): all-reduce
+2 S (n-1)/n a rank, all-gather S (n-1), all-to-all S (n-1)/n; of p ranks a node on N nodes, the network of a node
+carries 2 S (N-1)/N, S p (N-1) and p S (N-1)/N. ZeRO 1 and 2 reduce every gradient to all ranks (DeepSpeed's
+``use_multi_rank_bucket_allreduce``) and gather the weights after the step; ZeRO 3 gathers them in forward and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from moe_cl.config import RunConfig
+from moe_cl.planning.hardware import Hardware
+from moe_cl.planning.ledger import Op
+from moe_cl.planning.trace import Trace
+
+# Parts of a rank's memory, in the order they are shown; a plan always has all of them.
+PARTS = (
+    "weights", "master weights", "optimizer", "teacher", "gradients", "reduction buffers", "activations",
+    "teacher's activations", "dispatch buffers", "heads and loss", "region loss", "backward", "queue", "buffers",
+    "images", "libraries",
+)  # fmt: skip
+
+
+FLAT = 500_000_000  # elements that DeepSpeed's stage 0 reduces at once
+MIB = 2**20
+# On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads, and oneDNN's kernels for the
+# experts' changing numbers of rows in 16 bits (it keeps up to 1,024).
+LIBRARIES, MOE_KERNELS = 70 * MIB, 400 * MIB
+
+
+@dataclass(frozen=True)
+class Layout:
+    """nodes x per_node ranks; experts of one set over ``ep`` of them, consecutive ones or (strided) spread apart."""
+
+    nodes: int
+    per_node: int
+    ep: int = 1
+    strided: bool = False
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.nodes * self.per_node
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // self.ep
+
+    def spread(self, group: str) -> tuple[int, int, int]:
+        """Ranks of a group (world, expert, copies), nodes they stand on, and such groups that share a node."""
+        ranks = {"world": self.world, "expert": self.ep, "copies": self.copies}[group]
+        neighbours = group == "world" or (group == "expert") != self.strided
+        apart = 1 if neighbours else self.world // ranks  # every ``apart``-th rank
+        inside = min(ranks, max(1, self.per_node // apart))  # of the group on one node
+        return ranks, -(-ranks // inside), max(1, self.per_node // inside)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What the DeepSpeed JSON says: stage, elements of a reduction bucket, most gathered elements of stage 3."""
+
+    stage: int = 0
+    bucket: int = 500_000_000
+    live: int = 1_000_000_000
+
+    @property
+    def gradient_share(self) -> float:
+        """What counts of a complete gradient while the backward goes on (``Ledger``): with ZeRO 2 and 3 it moves into
+        the bucket at once, which is counted apart."""
+        return 0.0 if self.stage >= 2 else 1.0
+
+
+def states(cfg: RunConfig) -> int:
+    """fp32 numbers an optimizer keeps a parameter."""
+    return 2 if cfg.optim.name == "adamw" else 1
+
+
+def partition(traced: Trace, layout: Layout, stage: int) -> float:
+    """Elements of the trained parameters that this rank's optimizer owns."""
+    return traced.dense / layout.world + traced.experts / layout.copies if stage else float(traced.trained)
+
+
+def memory(cfg: RunConfig, traced: Trace, layout: Layout, zero: Zero, gpu: bool) -> dict[str, int]:
+    """Bytes of a rank by part at its worst moment: in the backward, in the reduction or in the optimizer's step."""
+    whole, cut = traced.trained, partition(traced, layout, zero.stage)
+    held = min(whole, cut + min(whole, zero.live)) if zero.stage == 3 else whole
+    fixed = {
+        "weights": 4 * (held + traced.frozen),
+        "master weights": 4 * cut if zero.stage else 0,
+        "optimizer": 4 * states(cfg) * cut,
+        "teacher": 4 * (min(traced.teacher, zero.live) if zero.stage == 3 else traced.teacher),
+        "queue": traced.queue,
+        "buffers": traced.buffers,
+        "images": traced.images,
+    }
+    if gpu:
+        worst = max(_moments(cfg, traced, zero, cut), key=lambda moment: sum(moment.values()))
+    else:
+        worst = _on_cpu(cfg, traced, zero, cut, layout.world)
+    return {part: round(fixed.get(part, 0) + worst.get(part, 0)) for part in PARTS}
+
+
+def _moments(cfg: RunConfig, traced: Trace, zero: Zero, cut: float) -> list[dict[str, float]]:
+    """Bytes that come and go: in forward and backward, while gradients are reduced, while weights are updated."""
+    whole, once = traced.trained, max(traced.dense, traced.experts)  # experts are reduced in a bucket of their own
+    spare = {"sgd": 1, "lars": traced.largest / whole, "adamw": 0}[cfg.optim.name]
+    if zero.stage == 0:
+        return [
+            traced.peak,
+            {"gradients": 4 * whole, "reduction buffers": 4 * min(once, FLAT)},
+            {"gradients": 4 * whole, "reduction buffers": 4 * spare * whole},
+        ]
+    own = {"gradients": 4 * cut}
+    return [
+        {**traced.peak, "reduction buffers": 4 * zero.bucket},
+        {"reduction buffers": 4 * (zero.bucket + min(once, zero.bucket))},
+        {**own, "reduction buffers": 4 * zero.bucket},
+        {**own, "reduction buffers": 4 * cut * (1 + (cfg.optim.name != "adamw"))},
+    ]
+
+
+def _on_cpu(cfg: RunConfig, traced: Trace, zero: Zero, cut: float, world: int) -> dict[str, float]:
+    """The same on a CPU, where the C allocator keeps small blocks for their next use (``moe_cl/allocator.py``).
+
+    So their worst moments add up instead of sharing room: activations, gradients and, with ZeRO, the weights' first
+    blocks (the engine copies them into one). Large blocks come and go: the bucket, of which only what is written
+    exists, with a rank's own part beside it or (several ranks) a copy of it.
+    """
+    whole, once, inside = traced.trained, max(traced.dense, traced.experts), min(zero.bucket, traced.trained)
+    out = {part: float(size) for part, size in traced.peak.items()}
+    out["gradients"] = 4.0 * whole
+    low = any(op.low for ops in traced.ops.values() for op in ops)
+    out["libraries"] = LIBRARIES + (MOE_KERNELS if low and traced.experts else 0)
+    if zero.stage == 0:
+        large, part = 4 * min(once, FLAT), "reduction buffers"
+    else:
+        out["weights"] = 4.0 * whole
+        large, part = 4 * (inside + max(cut, min(once, inside) if world > 1 else 0)), "reduction buffers"
+    if sum(traced.large.values()) > large:
+        return {key: out.get(key, 0) + traced.large.get(key, 0) for key in {*out, *traced.large}}
+    return out | {part: large}
+
+
+def seconds(ops: Counter[Op], hardware: Hardware) -> float:
+    """Time of counted operations on one device."""
+    total = 0.0
+    for op, times in ops.items():
+        rate = (hardware.low if op.low else hardware.full).get(op.kind, math.inf)
+        total += times * max(op.flops / rate, op.size / hardware.stream, hardware.launch)
+    return total
+
+
+def carried(kind: str, size: float, spread: tuple[int, int, int]) -> tuple[float, float]:
+    """Bytes of one collective (``Message``): over a rank's link inside its node, and out of each node altogether."""
+    ranks, nodes, sharing = spread
+    here = max(1, ranks // nodes)  # ranks of the group in one node
+    if kind == "all_reduce":
+        inside, outside = 2 * size * (ranks - 1) / ranks, 2 * size * (nodes - 1) / nodes
+    elif kind == "all_gather":
+        inside, outside = size * (ranks - 1), size * here * (nodes - 1)
+    else:
+        inside, outside = size * (ranks - 1) / ranks, size * here * (nodes - 1) / nodes
+    return (inside if here > 1 else 0.0), sharing * outside
+
+
+@dataclass
+class Traffic:
+    """Collectives of a step: seconds, and bytes out of each node."""
+
+    seconds: float = 0.0
+    outside: float = 0.0
+
+    def add(self, kind: str, size: float, spread: tuple[int, int, int], hardware: Hardware, times: int = 1) -> None:
+        """``times`` collectives of ``size`` bytes in a group of (ranks, nodes, groups that share a node)."""
+        if spread[0] == 1 or not size:
+            return
+        inside, outside = carried(kind, size, spread)
+        waiting = hardware.latency * math.ceil(math.log2(spread[0]))
+        self.seconds += times * (waiting + max(inside / hardware.link, outside / hardware.network))
+        self.outside += times * outside
+
+
+def messages(traced: Trace, group: str, layout: Layout, hardware: Hardware) -> Traffic:
+    """All messages of a step in ``group`` (world or expert)."""
+    out = Traffic()
+    for message, times in traced.messages.items():
+        if message.group == group:
+            out.add(message.kind, message.size, layout.spread(group), hardware, times)
+    return out
+
+
+def between_ranks(traced: Trace, layout: Layout, hardware: Hardware, zero: Zero) -> Traffic:
+    """Gradients between ranks and weights back (the experts' among their copies)."""
+    out, world, copies = Traffic(), layout.spread("world"), layout.spread("copies")
+    out.add("all_reduce", 4 * traced.dense, world, hardware)
+    out.add("all_reduce", 4 * traced.experts, copies, hardware)
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2}[zero.stage]
+    out.add("all_gather", 4 * traced.dense / layout.world, world, hardware, gathers)
+    out.add("all_gather", 4 * traced.experts / layout.copies, copies, hardware, gathers)
+    if zero.stage == 3:  # the teacher is cut too
+        out.add("all_gather", 4 * traced.teacher / layout.world, world, hardware)
+    return out
+
+
+def update_bytes(cfg: RunConfig, traced: Trace, layout: Layout, zero: Zero) -> float:
+    """Read and written after the backward: reduction's copies, norms, optimizer, EMA, queue.
+
+    Stage 0: gradients are copied together (2 passes), scaled (2) and copied back (2), the norm reads them (1). Stages
+    1 to 3: into the bucket (2), scaled (2), together (2) and back (2); then of this rank's part: out of the bucket (2),
+    together (2), norms and the check (3), weights back (2). AdamW reads four and writes three numbers a parameter, SGD
+    and LARS with decay about eleven.
+    """
+    whole, cut = traced.trained, partition(traced, layout, zero.stage)
+    passes = 7 if cfg.optim.name == "adamw" else 11
+    moved = 7 * whole + passes * whole if zero.stage == 0 else 8 * whole + (9 + passes) * cut
+    average = 3 * traced.teacher / (layout.world if zero.stage == 3 else 1)
+    return 4 * (moved + average)
+
+
+def step_seconds(
+    cfg: RunConfig, traced: Trace, layout: Layout, hardware: Hardware, zero: Zero
+) -> tuple[dict[str, float], float]:
+    """Seconds of an optimizer step by part, and the bytes that each node sends to others in it."""
+    out = {phase: seconds(ops, hardware) for phase, ops in traced.ops.items()}
+    launches = 4 * traced.tensors * hardware.launch  # copy, norm, update, average
+    out["optimizer and EMA"] = update_bytes(cfg, traced, layout, zero) / hardware.stream + launches
+    sent = {
+        "messages of the method": messages(traced, "world", layout, hardware),
+        "expert all-to-all": messages(traced, "expert", layout, hardware),
+        "gradients and weights": between_ranks(traced, layout, hardware, zero),
+    }
+    out |= {name: traffic.seconds for name, traffic in sent.items()}
+    return out, sum(traffic.outside for traffic in sent.values())
+
+
+def image_seconds(views: list[tuple[int, int]], hardware: Hardware) -> float:
+    """Seconds of a core for one image: decoding and (side, number) views.
+
+    1.2 ms + 0.34 ms a view + 8.1 ms a million pixels: a line through benchmarks/README.md's 2 x 224 (2.65 ms) and
+    2 x 224 + 8 x 96 (6.13 ms), scaled to the core at hand by ``hardware.image``.
+    """
+    number = sum(count for _, count in views)
+    pixels = sum(count * side * side for side, count in views) / 1e6
+    return (1.16 + 0.34 * number + 8.1 * pixels) / 2.65 * hardware.image

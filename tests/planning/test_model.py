@@ -1,0 +1,132 @@
+"""Memory by part, and who sends how much to whom."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_cl.planning import hardware
+from moe_cl.planning.ledger import Message, Op
+from moe_cl.planning.model import PARTS, Layout, Traffic, Zero, between_ranks, carried, image_seconds, memory, messages
+from moe_cl.planning.model import seconds as op_seconds
+from moe_cl.planning.trace import Trace
+
+GPU = hardware.GPUS["A100-80G"]
+
+
+def settings(name="adamw"):
+    return SimpleNamespace(optim=SimpleNamespace(name=name))
+
+
+def traced(dense=1000, experts=0, peak=None):
+    return Trace(peak=peak or {"activations": 50_000}, dense=dense, experts=experts, teacher=dense, largest=100)
+
+
+@pytest.mark.parametrize(
+    ("layout", "group", "spread"),
+    [
+        (Layout(4, 8, 8), "world", (32, 4, 1)),
+        (Layout(4, 8, 8), "expert", (8, 1, 1)),
+        (Layout(4, 8, 8), "copies", (4, 4, 8)),
+        (Layout(4, 8, 4), "expert", (4, 1, 2)),
+        (Layout(4, 8, 4), "copies", (8, 4, 4)),
+        (Layout(4, 8, 16), "expert", (16, 2, 1)),
+        (Layout(4, 8, 16), "copies", (2, 2, 8)),
+        (Layout(4, 8, 8, strided=True), "expert", (8, 4, 4)),
+        (Layout(4, 8, 8, strided=True), "copies", (4, 1, 2)),
+        (Layout(1, 8, 2), "copies", (4, 1, 2)),
+        (Layout(1, 1), "world", (1, 1, 1)),
+    ],
+)
+def test_groups(layout, group, spread):
+    assert layout.spread(group) == spread
+
+
+@given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 4), st.booleans())
+def test_groups_fill_the_nodes(nodes, per_node, ep, strided):
+    layout = Layout(2**nodes, 2**per_node, 2 ** min(ep, nodes + per_node), strided)
+    for group in ("world", "expert", "copies"):
+        ranks, on, sharing = layout.spread(group)
+        assert ranks % on == 0 and (ranks // on) * sharing == layout.per_node
+    assert layout.ep * layout.copies == layout.world
+
+
+def test_bytes_of_collectives():
+    assert carried("all_reduce", 100.0, (8, 1, 1)) == (175.0, 0.0)
+    assert carried("all_reduce", 100.0, (4, 4, 8)) == (0.0, 8 * 150.0)  # eight groups share each node's network
+    assert carried("all_gather", 10.0, (8, 2, 1)) == (70.0, 40.0)
+    assert carried("all_to_all", 80.0, (8, 1, 1)) == (70.0, 0.0)
+    assert carried("all_to_all", 80.0, (16, 2, 1)) == (75.0, 8 * 80 / 2)
+
+
+def test_alone_nothing_is_sent():
+    one = traced(experts=400)
+    one.messages = Counter({Message("all_reduce", "world", 64): 3, Message("all_to_all", "expert", 64): 2})
+    for group in ("world", "expert"):
+        assert messages(one, group, Layout(1, 1), GPU) == Traffic()
+    assert between_ranks(one, Layout(1, 1), GPU, Zero(2)) == Traffic()
+
+
+def test_experts_inside_a_node_leave_the_network_alone():
+    one = traced()
+    one.messages = Counter({Message("all_to_all", "expert", 10**6): 5})
+    inside, across = (messages(one, "expert", Layout(4, 8, 8, strided), GPU) for strided in (False, True))
+    assert inside.outside == 0.0 < across.outside and inside.seconds < across.seconds
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_memory_by_stage(gpu):
+    one, layout = traced(10**8, 10**7), Layout(2, 8, 8)
+    plans = [memory(settings(), one, layout, Zero(stage), gpu) for stage in (0, 1, 2)]
+    for plan in plans:
+        assert tuple(plan) == PARTS and plan["weights"] == 4 * one.trained and plan["teacher"] == 4 * one.dense
+    assert plans[0]["optimizer"] == 8 * one.trained and plans[0]["master weights"] == 0
+    cut = one.dense / 16 + one.experts / 2
+    assert plans[1]["optimizer"] == plans[2]["optimizer"] == round(8 * cut)
+    if gpu:
+        small = memory(settings(), one, layout, Zero(2, bucket=10**7), True)
+        assert (
+            sum(small.values()) == sum(plans[2].values()) - plans[2]["reduction buffers"] + small["reduction buffers"]
+        )
+        assert sum(small.values()) < sum(plans[0].values())
+
+
+def test_worst_moment_wins():
+    big = traced(1000, peak={"activations": 10**9, "gradients": 10})
+    assert memory(settings(), big, Layout(1, 1), Zero(0), True)["activations"] == 10**9
+    little = traced(10**6, peak={"activations": 10})
+    found = memory(settings(), little, Layout(1, 1), Zero(0), True)
+    assert found["activations"] == 0 and found["gradients"] == found["reduction buffers"] == 4 * 10**6
+
+
+def test_a_cpus_allocator_keeps_small_blocks():
+    """Worst moments add up: weights' first blocks, activations, gradients, and what the reduction takes."""
+    one = traced(10**6, peak={"activations": 10**8, "gradients": 10})
+    one.large = {"activations": 10**5}
+    found = memory(settings(), one, Layout(1, 1), Zero(1), False)
+    assert found["weights"] == 8 * 10**6 and found["gradients"] == 4 * 10**6 and found["activations"] == 10**8
+    assert found["reduction buffers"] == 8 * 10**6
+    one.large = {"activations": 10**9}
+    found = memory(settings(), one, Layout(1, 1), Zero(1), False)
+    assert found["activations"] == 10**8 + 10**9 and found["reduction buffers"] == 0
+
+
+def test_stage_3_cuts_weights_unless_they_may_stay_gathered():
+    one, layout = traced(10**6), Layout(1, 8)
+    kept = memory(settings(), one, layout, Zero(3), True)["weights"]
+    cut = memory(settings(), one, layout, Zero(3, live=1000), True)["weights"]
+    assert kept == 4 * 10**6 and cut == 4 * (10**6 / 8 + 1000)
+
+
+def test_roofline():
+    rates = GPU.low["matmul"], GPU.stream, GPU.launch
+    ops = Counter({Op("matmul", 10**12, 10**6, True): 2, Op("rest", 0, 10**9, False): 1, Op("rest", 0, 8, False): 3})
+    assert op_seconds(ops, GPU) == pytest.approx(2 * 10**12 / rates[0] + 10**9 / rates[1] + 3 * rates[2])
+
+
+def test_images():
+    mocov3, esvit = [(224, 2)], [(224, 2), (96, 8)]
+    assert image_seconds(mocov3, GPU) == pytest.approx(2.65e-3, rel=0.02)
+    assert image_seconds(esvit, GPU) == pytest.approx(6.13e-3, rel=0.05)

@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+from moe_cl.typed import ConfigError, Range, convert
 
 
 def speaks() -> bool:
@@ -40,5 +42,17 @@ def whole(least: int) -> Callable[[str], int]:
         if value < least:
             raise argparse.ArgumentTypeError(f"a whole number of at least {least} is needed, found {text!r}")
         return value
+
+    return number
+
+
+def real(**ends: float) -> Callable[[str], float]:
+    """An ``argparse`` type: finite numbers within ``ends`` (see ``moe_cl.typed.Range``)."""
+
+    def number(text: str) -> float:
+        try:
+            return convert(Annotated[float, Range(**ends)], text, "a value")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("a value ").removeprefix("a value: ")) from None
 
     return number

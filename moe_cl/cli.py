@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="directory of everything the run writes")
     parser.add_argument("--data", help="training shards: folder with dataset.json, brace pattern or URL")
     parser.add_argument("--epochs", type=float, help="same as schedule.epochs=N")
+    parser.add_argument("--track-uri", metavar="URI", help="MLflow's address, same as track.uri=URI")
+    parser.add_argument("--track", choices=["none"], help="none: the journal only, no MLflow")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, if any")
     for option, (kind, text) in DATA_OPTIONS.items():
         more = {"action": "store_true"} if kind is bool else {"type": kind}
@@ -64,6 +66,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunCon
     from moe_cl import methods
 
     given = [("out", args.out), ("data.train", args.data), ("schedule.epochs", args.epochs)]
+    given += [("track.uri", args.track_uri), ("track.uri", args.track)]
     given += [(f"data.{name}", getattr(args, name) or None) for name in map(_name, DATA_OPTIONS)]
     for key, value in given:
         if value is not None:

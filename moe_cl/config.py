@@ -14,7 +14,22 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from moe_cl.typed import Amount, ConfigError, Count, Natural, Pixels, Positive, Range, Rate, Share, build, nearest
+from moe_cl.typed import (
+    Amount,
+    ConfigError,
+    Count,
+    Few,
+    Natural,
+    Pixels,
+    Positive,
+    Range,
+    Rate,
+    Ratio,
+    Seconds,
+    Share,
+    build,
+    nearest,
+)
 
 __all__ = ["RECIPES", "ConfigError", "RunConfig", "build", "flatten", "from_tree", "load", "save", "to_tree"]
 
@@ -26,16 +41,16 @@ class DataConfig:
     """Where samples come from and how their order is shuffled."""
 
     train: str = ""  # brace pattern, folder with dataset.json or URL; several joined by "::"
-    repeat: list[Count] = field(default_factory=lambda: [1])  # whole passes an epoch of each source
+    repeat: list[Few] = field(default_factory=lambda: [1])  # whole passes an epoch of each source
     streams: Count = 64  # C of the order promise: position p belongs to stream p mod C
     window: Count = 4096  # samples of a stream shuffled together
-    workers: Natural = 1  # decoding processes a rank; 0 = in the training process
-    prefetch: Natural = 4  # batches ready ahead
+    workers: Annotated[int, Range(0, 1024)] = 1  # decoding processes a rank; 0 = in the training process
+    prefetch: Annotated[int, Range(0, 10_000)] = 4  # batches ready ahead
     cache_dir: str | None = None  # remote shards' spans are kept here
-    cache_bytes: Count = 10_000_000_000
-    retry_seconds: Amount = 300.0  # transient faults are retried this long, then the run saves and stops
+    cache_bytes: Annotated[int, Range(1)] = 10_000_000_000
+    retry_seconds: Seconds = 300.0  # transient faults are retried this long, then the run saves and stops
     max_bad_fraction: Share = 0.01
-    max_pixels: Count = 100_000_000  # header gate before decoding
+    max_pixels: Annotated[int, Range(1)] = 100_000_000  # header gate before decoding
     decoder: Literal["auto", "simplejpeg", "opencv", "torchvision", "pil"] = "auto"
     labels: Literal["optional", "required"] = "optional"  # required: a sample without one is replaced
     log_sample_ids: bool = False
@@ -50,7 +65,7 @@ class ViewsConfig:
     crop_min: Annotated[float, Range(above=0, high=1)] | None = None  # smallest area of a global crop; None: the spec's
     local_size: Pixels | list[Pixels] = 96  # a list: several local resolutions
     local_number: Natural | list[Natural] | None = None  # of each local size; None = the spec's own
-    keys: Count | None = None  # JCL: key views a sample
+    keys: Few | None = None  # JCL: key views a sample
     implementation: Literal["fast", "reference", "device"] = "fast"
     normalize: Literal["imagenet", "half"] = "imagenet"
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of every crop's colour pipeline
@@ -74,9 +89,9 @@ class MoEConfig:
     """Sparse experts in the blocks of a ViT (CR-MoE: odd blocks, 16 experts, top-2, hidden 2d, no noise)."""
 
     blocks: str | list[Natural] = "none"  # none, odd, all, or indices
-    experts: Count = 16
+    experts: Annotated[int, Range(1, 65536)] = 16
     top_k: Count = 2
-    hidden_ratio: Positive = 2.0  # expert hidden width / model width
+    hidden_ratio: Ratio = 2.0  # expert hidden width / model width
     gate: Literal["vmoe", "shazeer"] = "vmoe"  # shazeer: learned noise, softmax over the k chosen
     noise_std: Amount = 0.0  # router noise is N(0, (noise_std/experts)^2) in training
     renormalize: bool = False
@@ -145,10 +160,11 @@ class EngineConfig:
 
     ds_config: str = "ds_configs/cpu_zero1.json"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    collective_timeout: Positive = 600.0  # seconds
+    collective_timeout: Annotated[float, Range(above=0, high=1e8)] = 600.0  # seconds
     statistics: str = "global"  # of balance and consistency: global, published (per rank) or "group: N" images
     profile: Annotated[list[Natural], Range(length=2)] | None = None  # [from, to] steps: Chrome trace
-    threads: Count | None = None  # torch threads a rank; None = cores / local ranks
+    peak_tflops: Positive | None = None  # of one rank in the run's precision, for the journal's mfu; None = no mfu
+    threads: Few | None = None  # torch threads a rank; None = cores / local ranks
 
 
 @dataclass
@@ -182,9 +198,9 @@ class TrackConfig:
     uri: str | None = None  # None = MLFLOW_TRACKING_URI, else SQLite in the out dir; "none" = journal only
     experiment: str = "moe_cl"
     run_name: str | None = None
-    plain_seconds: Amount = 30.0  # between lines on the console when it is no terminal
+    plain_seconds: Seconds = 30.0  # between lines on the console when it is no terminal
     every: Natural = 0  # a line there every so many steps too; 0 = by time alone
-    flush_seconds: Amount = 30.0  # at the end, at most
+    flush_seconds: Seconds = 30.0  # at the end, at most
 
 
 @dataclass

@@ -19,9 +19,11 @@ from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
 from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
 from moe_cl.engine.checkpoint import Checkpointer, store
+from moe_cl.engine.flops import count as count_flops
 from moe_cl.engine.guard import Guard
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
+from moe_cl.evals.record import write_json
 from moe_cl.tracking import environment, trace
 from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
@@ -82,15 +84,16 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
 
         for number in range(state["step"], total):
             begin = time.monotonic()
-            data = ahead.take(last=number + 1 == total)
-            micro_batches = [to_device(b, built.device, spec, cfg.seed, data.epoch) for b in data.batches]
-            guard.at(number, micro_batches)
             lr = schedules.learning_rate(number, per_epoch, built.peak_lr, cfg.schedule)
             decay = schedules.weight_decay(number, per_epoch, cfg.optim, cfg.schedule.epochs)
             momentum = schedules.teacher_momentum(number, per_epoch, cfg.teacher, cfg.schedule.epochs)
             set_hyper(parts.engine.optimizer, lr, decay)
             method.progress.step = number
             with profiling(cfg, number, me.rank), span("step"):
+                with span("data"):
+                    data = ahead.take(last=number + 1 == total)
+                    micro_batches = [to_device(b, built.device, spec, cfg.seed, data.epoch) for b in data.batches]
+                guard.at(number, micro_batches)
                 agreed = driver(parts, micro_batches, number, momentum)
             loader.used()
             done, seconds = number + 1, time.monotonic() - begin
@@ -179,6 +182,7 @@ def tracking(
     if me.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         config.save(cfg, out / "config.yaml")
+        write_json(out / "ds_config.json", checks.ds_config(cfg, comm.world, built.device.type == "cpu"))
         print("== resolved config ==", (out / "config.yaml").read_text(), sep="\n", flush=True)
     everything, active = parameter_counts(student, cfg, comm)
     show = {
@@ -200,10 +204,15 @@ def tracking(
             f"not all {batch.global_batch}: another objective; batch.exact_large_batch=true keeps them"
         )
     resumed = f"step {state['step']}" if state["step"] else None
+    tags = environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed)
+    flops = None
+    if me.rank == 0:
+        flops = count_flops(cfg, comm.world)
+        tags["active_gflops_per_image"] = f"{flops.image / 1e9:.6g}"
+        show["arithmetic"] = str(flops)
     return Tracking(
         out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
-        total=total, tags=environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed),
-        datasets=[data], show=show, run_id=state.get("mlflow_run"),
+        total=total, tags=tags, datasets=[data], show=show, run_id=state.get("mlflow_run"), flops=flops,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class Range:
         """What is asked of ``value``, or None if it is met."""
         if isinstance(value, list):
             return None if len(value) == self.length else f"takes {self.length} numbers, found {len(value)}"
+        if self.high is not None and value > self.high and self.low is not None:
+            return f"lies between {_text(self.low)} and {_text(self.high)}"
         held = (
             (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
@@ -42,16 +44,24 @@ class Range:
         )
         if held:
             return None
-        if self.low is not None and self.high is not None:
-            return f"lies between {self.low:g} and {self.high:g}"
-        asked = (
-            ("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below),
-        )  # fmt: skip
-        return "must be " + " and ".join(f"{word} {end:g}" for word, end in asked if end is not None)
+        high = self.high if self.high is None or value > self.high or self.high <= GUARD else None
+        asked = (("at least", self.low), ("above", self.above), ("at most", high), ("below", self.below))
+        return "must be " + " and ".join(f"{word} {_text(end)}" for word, end in asked if end is not None)
 
 
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
+GUARD = 1000  # ends above it only keep nonsense out; who is below the other end need not hear of them
+
+
+def _text(end: float) -> str:
+    return str(end) if isinstance(end, int) else f"{end:g}"
+
+
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Natural = Annotated[int, Range(0, 2**31 - 1)]
+Few = Annotated[int, Range(1, 4096)]  # layers, heads, threads: what is made one by one
+Width = Annotated[int, Range(1, 2**20)]
+Ratio = Annotated[float, Range(above=0, high=64)]
+Seconds = Annotated[float, Range(0, 1e8)]
 Positive = Annotated[float, Range(above=0)]
 Amount = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]  # both ends are fine

@@ -53,7 +53,7 @@ def refuse(capsys, *argv):
         ("model.options.pos_embed=none", "is not one of sincos, learned"),
         ("data.prefetch=-1", "data.prefetch -1 must be at least 0"),
         ("data.repeat=[0]", "data.repeat[0] 0 must be at least 1"),
-        ("seed=-1", "seed -1 lies between 0 and"),
+        ("seed=-1", "seed -1 must be at least 0"),
         ("views.size=20", "views (views.size, views.local_size) of 20 x 20 px cannot be cut into patches of 8"),
         ("engine.statistics=foo", "engine.statistics: 'foo' is not global, published or 'group: N'"),
         ("engine.statistics='group: 5'", "groups of 5 images do not divide a global batch of 16"),
@@ -152,7 +152,11 @@ def test_a_folder_of_splits_is_asked_for_its_training_split(shards, tmp_path, ca
         ["eval", "knn"], ["report"], ["report", "--samples", "x", "out"], ["track"], ["track", "sync"],
         ["checkpoint", "lits"], ["export"], ["import", "--nothing"], ["doctor", "--port", "x"], ["recipes", "--x"],
         ["pretrain", "--recipe", "x", "--check", "0"], ["pretrain", "--recipe", "x", "--check", "-1"],
-        ["pretrain", "--recipe", "x", "--check", "two"],
+        ["pretrain", "--recipe", "x", "--check", "two"], ["eval", "knn", "--checkpoint", "x", "--k", "0"],
+        ["eval", "linear", "--checkpoint", "x", "--held-out", "1"],
+        ["eval", "knn", "--checkpoint", "x", "--batch", "0"],
+        ["eval", "finetune", "--checkpoint", "x", "--fraction", "nan"],
+        ["track", "sync", "x", "--seconds", "-1"],
     ],
 )  # fmt: skip
 def test_a_command_line_that_cannot_be_read_is_one_line(argv, capsys):
@@ -187,6 +191,19 @@ def test_options_of_the_data_are_settings(shards, tmp_path, monkeypatch):
     assert cli.main(["pretrain", *settings(shards, tmp_path / "run", "moe.ep_size=1"), *words]) == 0
     data = seen[0].data
     assert (data.retry_seconds, data.max_bad_fraction, data.max_pixels, data.log_sample_ids) == (7.0, 0.5, 1000, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "uri"), [(["--track-uri", "http://host:5000"], "http://host:5000"), (["--track", "none"], "none")]
+)
+def test_where_tracking_goes_is_an_option(shards, tmp_path, monkeypatch, words, uri):
+    from moe_cl import pretrain
+
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda cfg, me: seen.append(cfg) or 0)
+    given = [word for word in settings(shards, tmp_path / "run", "moe.ep_size=1") if not word.startswith("track.uri")]
+    assert cli.main(["pretrain", *given, *words]) == 0
+    assert seen[0].track.uri == uri
 
 
 def test_ranks_that_do_not_fit_end_before_they_meet(shards, tmp_path, monkeypatch, capsys):

@@ -52,6 +52,18 @@ def test_two_ranks_through_the_launcher(shards, whole, tmp_path):
     assert (out / "checkpoints" / "step-00000006" / "manifest.json").exists()
 
 
+def test_speed_in_floating_point_operations(shards, tmp_path):
+    out = tmp_path / "run"
+    done = launch(0, *settings(shards, out, "moe.ep_size=1", "schedule.max_steps=2", "engine.peak_tflops=0.5"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in steps(out):
+        values = line["values"]
+        assert values["tflops"] > 0 and values["mfu"] == pytest.approx(values["tflops"] / 0.5)
+    assert "FLOP an image and step" in done.stdout and "peak 500GFLOP/s" in done.stdout
+    assert "== moe_cl pretrain: FINISHED ==" in done.stdout and "2 of 2, 2 of them in this start" in done.stdout
+    assert json.loads((out / "ds_config.json").read_text())["train_batch_size"] == 16
+
+
 def test_journal_and_mlflow_agree(whole):
     # The tracker is niced and gets a bounded time at the end; what it did not manage then is brought by `track sync`.
     subprocess.run([sys.executable, "-m", "moe_cl", "track", "sync", str(whole)], cwd=ROOT, env=ENV, check=True)
@@ -64,6 +76,9 @@ def test_journal_and_mlflow_agree(whole):
             if isinstance(value, float):
                 assert found[key, line["step"]] == pytest.approx(value)
     assert database.execute("select status from runs").fetchone() == ("FINISHED",)
+    assert all("tflops" in line["values"] and "mfu" not in line["values"] for line in steps(whole))
+    tags = dict(database.execute("select key, value from tags").fetchall())
+    assert float(tags["active_gflops_per_image"]) > 0
     params = dict(database.execute("select key, value from params").fetchall())
     assert params["batch.global_batch"] == "16" and params["method"] == "crmoe"
 
@@ -100,6 +115,15 @@ def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
     ):
         other = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", *change))
         assert other.returncode == 2 and says in other.stderr and other.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("words", [["views.size=20"], ["--check", "0"], ["--nothing"]])
+def test_bad_input_through_the_launcher_is_one_line_of_ours(shards, tmp_path, words):
+    done = launch(2, *settings(shards, tmp_path / "run", *words))
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    ours = [line for line in done.stderr.splitlines() if "moe_cl: " in line and "launch.py" not in line]
+    assert len(ours) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_accumulation_and_the_exact_large_batch_run(shards, tmp_path):
@@ -149,4 +173,9 @@ def test_profile_writes_named_spans(shards, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     events = json.loads((out / "trace-00000.json").read_text())["traceEvents"]
     names = {event["name"] for event in events}
-    assert {"step", "encode student", "encode teacher", "loss", "backward", "optimizer", "commit"} <= names
+    wanted = {"step", "data", "encode student", "encode teacher", "dispatch", "loss", "backward", "optimizer", "commit"}
+    assert wanted <= names
+    (step,) = [e for e in events if e["name"] == "step"]
+    for event in events:
+        if event["name"] in wanted:  # all of it inside the step
+            assert step["ts"] <= event["ts"] and event["ts"] + event["dur"] <= step["ts"] + step["dur"]

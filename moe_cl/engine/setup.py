@@ -93,6 +93,8 @@ def check_model(cfg: RunConfig, images: int) -> None:
     with torch.device("meta"):
         # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
         _, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+    if (channels := cfg.model.options.get("in_chans", 3)) != 3:
+        raise ConfigError(f"model.options.in_chans {channels}: views have 3 channels; leave it out")
     for size, _ in build_spec(cfg.views).resolutions:
         student.backbone.check_image(size, size, "views (views.size, views.local_size)")
     if cfg.eval.knn_every and cfg.eval.size:

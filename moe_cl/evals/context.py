@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_cl.arguments import whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.evals import pretrained, sets
@@ -30,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test",
         help=f"labelled test set (default: the run's eval.test, or beside data.train). {sets.SOURCES}",
     )
-    parser.add_argument("--size", type=int, help="image side, pixels (default: the run's)")
+    parser.add_argument("--size", type=whole(1), help="image side, pixels (default: the run's)")
     parser.add_argument("--normalize", choices=("imagenet", "half"), help="default: the run's")
     parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="of the resize")
-    parser.add_argument("--batch", type=int, default=256, help="images a forward, each rank")
-    parser.add_argument("--workers", type=int, default=0, help="decoding processes, each rank")
+    parser.add_argument("--batch", type=whole(1), default=256, help="images a forward, each rank")
+    parser.add_argument("--workers", type=whole(0), default=0, help="decoding processes, each rank")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="autocast of the encoder")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", help="where results go (default: the run's out directory)")
     parser.add_argument("--name", help="what the results are called, in files, report and MLflow (default: PROTOCOL)")
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
 from moe_cl.evals.features import extract
 from moe_cl.evals.pairs import mirror_index, mirrored
@@ -58,7 +59,7 @@ HELP = "EsViT's correspondence of regions between two views, and the entropy of 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval correspondence``."""
-    parser.add_argument("--keep", type=int, default=KEEP, help="matches kept an image (default: 10)")
+    parser.add_argument("--keep", type=whole(1), default=KEEP, help="matches kept an image (default: 10)")
     parser.add_argument("--attention", type=int, nargs="*", default=[-1], help="blocks whose attention is measured")
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm, mean_gradients
 from moe_cl.config import ConfigError
 from moe_cl.evals.sets import VOC_CLASSES
@@ -287,13 +288,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-images", help="folder of the test images (default: --images)")
     parser.add_argument("--test-annotations", required=True, help="their COCO JSON")
     parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="coco_1x")
-    parser.add_argument("--train-batch", type=int, default=16, help="images an iteration, all ranks (default: 16)")
-    parser.add_argument("--iterations", type=int, help="instead of the schedule's; steps keep their place in it")
-    parser.add_argument("--lr", type=float, help="instead of the schedule's")
-    parser.add_argument("--min-size", type=int, nargs="+", help="short sides, the last one at test")
-    parser.add_argument("--rois", type=int, default=512, help="regions an image in training (default: 512)")
-    parser.add_argument("--precise-bn", type=int, default=200, help="batches for the statistics before the test")
-    parser.add_argument("--trials", type=int, default=1, help="trainings whose mean is given (VOC: 5)")
+    parser.add_argument("--train-batch", type=whole(1), default=16, help="images an iteration, all ranks (default: 16)")
+    parser.add_argument("--iterations", type=whole(1), help="instead of the schedule's; steps keep their place in it")
+    parser.add_argument("--lr", type=real(above=0), help="instead of the schedule's")
+    parser.add_argument("--min-size", type=whole(1), nargs="+", help="short sides, the last one at test")
+    parser.add_argument("--rois", type=whole(1), default=512, help="regions an image in training (default: 512)")
+    parser.add_argument("--precise-bn", type=whole(0), default=200, help="batches for the statistics before the test")
+    parser.add_argument("--trials", type=whole(1), default=1, help="trainings whose mean is given (VOC: 5)")
 
 
 def run(ctx: Context) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
 
@@ -112,10 +113,10 @@ HELP = "few-shot transfer: n images a class, several draws, ridge and logistic r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval fewshot``."""
-    parser.add_argument("--shots", type=int, nargs="+", default=[4, 10], help="images a class (default: 4 10)")
-    parser.add_argument("--seeds", type=int, default=5, help="draws (default: 5)")
+    parser.add_argument("--shots", type=whole(1), nargs="+", default=[4, 10], help="images a class (default: 4 10)")
+    parser.add_argument("--seeds", type=whole(1), default=5, help="draws (default: 5)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--lambda", dest="penalty", type=float, default=1.0, help="of the logistic regression")
+    parser.add_argument("--lambda", dest="penalty", type=real(above=0), default=1.0, help="of the logistic regression")
 
 
 def run(ctx: Context) -> dict[str, Any]:

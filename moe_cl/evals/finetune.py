@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from moe_cl import rng
+from moe_cl.arguments import real, whole
 from moe_cl.comm import mean_gradients
 from moe_cl.config import ConfigError
 from moe_cl.models.backbone import set_drop_path
@@ -225,9 +226,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="deit", help="default: deit")
     for name, kind in (("epochs", int), ("base-lr", float), ("weight-decay", float), ("drop-path", float)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the preset's")
-    parser.add_argument("--train-batch", type=int, help="global batch instead of the preset's")
-    parser.add_argument("--repeats", type=int, help="repeated augmentation instead of the preset's")
-    parser.add_argument("--fraction", type=float, help="part of every class, drawn by --seed: 0.01, 0.1")
+    parser.add_argument("--train-batch", type=whole(1), help="global batch instead of the preset's")
+    parser.add_argument("--repeats", type=whole(1), help="repeated augmentation instead of the preset's")
+    parser.add_argument(
+        "--fraction", type=real(above=0, high=1), help="part of every class, drawn by --seed: 0.01, 0.1"
+    )
     parser.add_argument("--list", dest="listed", help="file of training indices (.npy, or one a line)")
     parser.add_argument("--first-layer", action="store_true", help="keep the projector's first layer before the head")
 

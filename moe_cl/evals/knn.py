@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
 
@@ -102,8 +103,8 @@ HELP = "weighted kNN on frozen features"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval knn``."""
-    parser.add_argument("--k", type=int, nargs="+", help="neighbours, several at once (default: 10 20 100 200)")
-    parser.add_argument("--temperature", type=float, help="of the votes (default: the run's eval.temperature)")
+    parser.add_argument("--k", type=whole(1), nargs="+", help="neighbours, several at once (default: 10 20 100 200)")
+    parser.add_argument("--temperature", type=real(above=0), help="of the votes (default: the run's eval.temperature)")
 
 
 def run(ctx: Context) -> dict[str, float]:

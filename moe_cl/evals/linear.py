@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
 from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, per_class, split
@@ -111,13 +112,15 @@ HELP = "linear probe on frozen features: MoCo's, MoCo v3's, EsViT's and CR-MoE's
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval linear``."""
     parser.add_argument("--protocol", dest="recipe", choices=tuple(PROTOCOLS), default="fast", help="default: fast")
-    parser.add_argument("--epochs", type=int, help="instead of the protocol's")
-    parser.add_argument("--lr", type=float, nargs="+", help="rates of the sweep instead of the protocol's")
-    parser.add_argument("--probe-batch", type=int, help="images a step of the probe instead of the protocol's")
-    parser.add_argument("--blocks", type=int, help="features of the last blocks instead of the protocol's")
+    parser.add_argument("--epochs", type=whole(1), help="instead of the protocol's")
+    parser.add_argument("--lr", type=real(above=0), nargs="+", help="rates of the sweep instead of the protocol's")
+    parser.add_argument("--probe-batch", type=whole(1), help="images a step of the probe instead of the protocol's")
+    parser.add_argument("--blocks", type=whole(1), help="features of the last blocks instead of the protocol's")
     parser.add_argument("--patches", action="store_true", help="with the mean patch token beside the class token")
     parser.add_argument("--no-augment", action="store_true", help="plain views: features are computed once")
-    parser.add_argument("--held-out", type=float, default=0.1, help="part of the training set that chooses the head")
+    parser.add_argument(
+        "--held-out", type=real(low=0, below=1), default=0.1, help="part of the training set that chooses the head"
+    )
     parser.add_argument(
         "--select-on-test", action="store_true", help="the papers' way: best head and epoch on the test set"
     )

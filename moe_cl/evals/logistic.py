@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_cl.arguments import real, whole
 from moe_cl.evals.metrics import metric
 from moe_cl.evals.sweep import split
 
@@ -117,9 +118,11 @@ HELP = "L-BFGS logistic regression on frozen features, lambda searched on a vali
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval logistic``."""
     parser.add_argument("--metric", choices=("accuracy", "per_class", "map11"), help="default: the set's own")
-    parser.add_argument("--blocks", type=int, default=1, help="features of the last blocks (EsViT: 4)")
-    parser.add_argument("--held-out", type=float, default=0.2, help="part of the training set that chooses lambda")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of L-BFGS, a fit")
+    parser.add_argument("--blocks", type=whole(1), default=1, help="features of the last blocks (EsViT: 4)")
+    parser.add_argument(
+        "--held-out", type=real(low=0, below=1), default=0.2, help="part of the training set that chooses lambda"
+    )
+    parser.add_argument("--iterations", type=whole(1), default=ITERATIONS, help="of L-BFGS, a fit")
 
 
 def run(ctx: Context) -> dict[str, Any]:

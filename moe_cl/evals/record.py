@@ -71,4 +71,4 @@ def _track(out: Path) -> None:
     except ConfigError as problem:
         error = str(problem)
     if error:
-        print(f"moe_cl: not in MLflow yet ({error}); later: python -m moe_cl track {out}", file=sys.stderr)
+        print(f"moe_cl: not in MLflow yet ({error}); later: python -m moe_cl track sync {out}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_cl.arguments import whole
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError
 from moe_cl.evals.pairs import mirror_index, mirrored
@@ -100,7 +101,7 @@ HELP = "load of the experts, agreement of routing between two views, selectivity
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval routing``."""
-    parser.add_argument("--classes", type=int, help="number of classes (default: counted in the test set)")
+    parser.add_argument("--classes", type=whole(1), help="number of classes (default: counted in the test set)")
 
 
 def run(ctx: Context) -> list[dict[str, Any]]:

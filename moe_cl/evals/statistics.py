@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_cl.arguments import whole
 from moe_cl.evals.features import extract, frozen
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ HELP = "JCL's analysis: similarity of positive and negative pairs, spread of an 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval statistics``."""
-    parser.add_argument("--keys", type=int, default=5, help="views an image (default: 5)")
+    parser.add_argument("--keys", type=whole(1), default=5, help="views an image (default: 5)")
     parser.add_argument("--spec", default="mocov2", help="recipe of the views (default: mocov2, which JCL uses)")
     parser.add_argument("--against", help="a second run, measured on the same views")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_cl import config
+from moe_cl.arguments import whole
 from moe_cl.evals import pretrained
 from moe_cl.evals.context import Context, class_count
 from moe_cl.evals.features import Encode, extract, frozen
@@ -27,10 +28,10 @@ ROWS = ("pixels", "untrained", "trained")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this protocol."""
-    parser.add_argument("--k", type=int, help="neighbours (default: the run's eval.k)")
+    parser.add_argument("--k", type=whole(1), help="neighbours (default: the run's eval.k)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all three")
-    parser.add_argument("--shots", type=int, nargs="+", default=[], help="few-shot transfer: images a class")
-    parser.add_argument("--draws", type=int, default=5, help="of the few-shot images (default: 5)")
+    parser.add_argument("--shots", type=whole(1), nargs="+", default=[], help="few-shot transfer: images a class")
+    parser.add_argument("--draws", type=whole(1), default=5, help="of the few-shot images (default: 5)")
     parser.add_argument("--full", action="store_true", help="probe and few-shot of pixels and untrained network too")
 
 

@@ -19,7 +19,7 @@ from moe_cl.methods.base import Encoder, Method, StepOutput, summed
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import DINOHead
 from moe_cl.moe.router import Router
-from moe_cl.typed import Amount, Count, Natural, Positive, Share
+from moe_cl.typed import Amount, Few, Natural, Positive, Share, Width
 from moe_cl.views.spec import Batch
 
 TEACHER_VIEWS = 2
@@ -29,10 +29,10 @@ TEACHER_VIEWS = 2
 class Params:
     """Defaults: the Swin-T recipe."""
 
-    out_dim: Count = 65536
-    hidden: Count = 2048
-    bottleneck: Count = 256
-    head_layers: Count = 3
+    out_dim: Width = 65536
+    hidden: Width = 2048
+    bottleneck: Width = 256
+    head_layers: Few = 3
     head_bn: bool = False
     norm_last_layer: bool = False  # keep the prototypes' scale at 1
     regions: bool = True

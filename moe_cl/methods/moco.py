@@ -8,7 +8,7 @@ Batch norm is each rank's own; keys are encoded in a batch shuffled over the ran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from moe_cl.methods.base import Encoder, Method, StepOutput, summed, teacher_key
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import linear, mlp_v2
 from moe_cl.models.norm import batch_norms, share_statistics, shuffle, unshuffle
-from moe_cl.typed import Amount, Count, Positive
+from moe_cl.typed import Amount, Few, Positive, Range, Width
 from moe_cl.views.spec import Batch
 
 _SHUFFLE = 0x73687566  # purpose of the keys that order the shuffled batch
@@ -34,11 +34,11 @@ class Params:
     """Defaults: MoCo v2."""
 
     temperature: Positive = 0.2
-    dim: Count = 128
-    queue: Count = 65536
+    dim: Width = 128
+    queue: Annotated[int, Range(1, 2**26)] = 65536
     head: Literal["linear", "mlp"] = "mlp"
     shuffle: bool = True  # keys see a batch shuffled over ranks
-    bn_groups: Count = 1  # on one rank: batch norm over this many parts of the batch ("split BN")
+    bn_groups: Few = 1  # on one rank: batch norm over this many parts of the batch ("split BN")
     symmetric: bool = False  # each view is query and key in turn (the authors' CIFAR demo)
     balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 

@@ -18,7 +18,7 @@ from moe_cl.methods import health, routing
 from moe_cl.methods.base import Encoder, Method, StepOutput, summed
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import mlp_v3
-from moe_cl.typed import Amount, Count, Positive
+from moe_cl.typed import Amount, Positive, Width
 from moe_cl.views.spec import Batch
 
 
@@ -27,8 +27,8 @@ class Params:
     """Defaults: ViT-S/B of the paper. ResNet-50 takes temperature 1 and head resnet."""
 
     temperature: Positive = 0.2
-    dim: Count = 256
-    mlp_dim: Count = 4096
+    dim: Width = 256
+    mlp_dim: Width = 4096
     head: Literal["vit", "resnet"] = "vit"  # 3-layer projector and normed predictor, or 2-layer and bare
     balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 

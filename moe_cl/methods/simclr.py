@@ -18,7 +18,7 @@ from moe_cl.methods import health, routing
 from moe_cl.methods.base import Encoder, Method, StepOutput, summed
 from moe_cl.models.build import Encoded
 from moe_cl.models.heads import mlp_v2
-from moe_cl.typed import Amount, Count, Positive
+from moe_cl.typed import Amount, Positive, Width
 from moe_cl.views.spec import Batch
 
 
@@ -27,7 +27,7 @@ class Params:
     """Defaults: SimCLR."""
 
     temperature: Positive = 0.1
-    dim: Count = 128
+    dim: Width = 128
     objective: Literal["ntxent", "end_to_end"] = "ntxent"
     balance_weight: Amount = 0.01  # of the experts' balance, with an MoE backbone
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, ModelConfig, MoEConfig
 from moe_cl.moe.router import Routing
-from moe_cl.typed import Count, convert
+from moe_cl.typed import Few, convert
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +122,7 @@ def build_backbone(
         from moe_cl.models.vit import ViT as kind
 
         sizes, fixed = VITS[name], {"norm": norm, "drop_path": drop_path}
-        depth = convert(Count, options.get("depth", sizes.get("depth", 12)), "model.options.depth")
+        depth = convert(Few, options.get("depth", sizes.get("depth", 12)), "model.options.depth")
         moe = moe or MoEConfig()
         blocks = moe_blocks("odd" if name.startswith("vmoe") and moe.blocks == "none" else moe.blocks, depth)
         if blocks:

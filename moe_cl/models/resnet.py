@@ -17,7 +17,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from moe_cl.models.backbone import Backbone
 from moe_cl.models.norm import BatchNorm
 from moe_cl.moe.router import Routing
-from moe_cl.typed import Count
+from moe_cl.typed import Few
 
 _VARIANTS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -42,7 +42,7 @@ class ResNet(Backbone, TorchvisionResNet):
         *,
         cifar_stem: bool = False,
         zero_init_residual: bool = False,
-        in_chans: Count = 3,
+        in_chans: Few = 3,
         norm: Callable[[int], nn.Module] = BatchNorm,
     ):
         block, layers = _VARIANTS[variant]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.models.backbone import Backbone, DropPath, drop_rates
 from moe_cl.moe.router import Routing
-from moe_cl.typed import Count, Pixels, Positive
+from moe_cl.typed import Few, Pixels, Ratio, Width
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -116,14 +116,14 @@ class Swin(Backbone):
     def __init__(
         self,
         *,
-        dim: Count = 96,
-        depths: Sequence[Count] = (2, 2, 6, 2),
-        heads: Sequence[Count] = (3, 6, 12, 24),
-        window: Count = 7,
+        dim: Width = 96,
+        depths: Sequence[Few] = (2, 2, 6, 2),
+        heads: Sequence[Few] = (3, 6, 12, 24),
+        window: Few = 7,
         img_size: Pixels = 224,
-        patch_size: Count = 4,
-        in_chans: Count = 3,
-        mlp_ratio: Positive = 4.0,
+        patch_size: Pixels = 4,
+        in_chans: Few = 3,
+        mlp_ratio: Ratio = 4.0,
         drop_path: float = 0.0,
     ):
         super().__init__()

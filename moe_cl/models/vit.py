@@ -19,7 +19,7 @@ from moe_cl.config import ConfigError
 from moe_cl.models.backbone import Backbone, DropPath, drop_rates
 from moe_cl.models.norm import BatchNorm
 from moe_cl.moe.router import Routing
-from moe_cl.typed import Count, Pixels, Positive
+from moe_cl.typed import Few, Pixels, Ratio, Width
 
 MoEOf = Callable[[int], nn.Module]  # number of the MoE layer -> the layer
 
@@ -149,13 +149,13 @@ class ViT(Backbone):
     def __init__(
         self,
         *,
-        dim: Count = 384,
-        depth: Count = 12,
-        heads: Count = 12,
-        mlp_ratio: Positive = 4.0,
-        patch_size: Count = 16,
+        dim: Width = 384,
+        depth: Few = 12,
+        heads: Few = 12,
+        mlp_ratio: Ratio = 4.0,
+        patch_size: Pixels = 16,
         img_size: Pixels = 224,
-        in_chans: Count = 3,
+        in_chans: Few = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         init: Literal["mocov3", "deit"] = "mocov3",
         freeze_patch: bool = True,

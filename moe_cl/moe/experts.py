@@ -17,6 +17,7 @@ from moe_cl.moe.dispatch import route, sort_by_expert
 from moe_cl.moe.router import Router, Routing, init_seed
 from moe_cl.moe.shazeer import ShazeerRouter
 
+from moe_cl.tracking.trace import span
 
 class Experts(nn.Module):
     """E_local two-layer MLPs with exact GELU: w1 (E_local, H, D), b1 (E_local, H), w2 (E_local, D, H), b2 (E_local, D).
@@ -94,13 +95,14 @@ class SparseMLP(nn.Module):
         """(N, T, D) tokens and the rows' random keys (N,) -> (N, T, D) in fp32 (fp64 for fp64), and the routing."""
         routing = self.router(x_NTD, keys_N)
         d, k = x_NTD.shape[-1], routing.indices.shape[-1]
-        y, routing.sent = route(
-            x_NTD.reshape(-1, d),
-            routing.indices.view(-1, k),
-            routing.weights.view(-1, k),
-            self.experts,
-            len(self.experts.w1),
-            self.comm,
-            compute_dtype(x_NTD),
-        )
+        with span("dispatch"):  # to the experts' ranks, the experts, and back
+            y, routing.sent = route(
+                x_NTD.reshape(-1, d),
+                routing.indices.view(-1, k),
+                routing.weights.view(-1, k),
+                self.experts,
+                len(self.experts.w1),
+                self.comm,
+                compute_dtype(x_NTD),
+            )
         return y.view(x_NTD.shape), routing

@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
             track(Path(out))
     if len(args.out) > 1:
         print(f"comparison: {compare.write(args.out, Path(args.to) if args.to else None)}")
+        if not args.to and not args.no_track:
+            track(Path(args.out[0]))
     return 0
 
 

@@ -35,7 +35,7 @@ def of_run(
 
     Args:
         which: teacher, student or auto. samples: evaluation images, spread evenly over the set. shown: images drawn.
-        pattern: labelled shards; None = the run's eval.test, else its training data.
+        pattern: labelled shards; None = the run's eval.test, else the test split beside its training data, else that.
 
     Raises:
         ConfigError: no checkpoint, or no labelled data.
@@ -43,12 +43,13 @@ def of_run(
     from moe_cl.data.index import resolve
     from moe_cl.data.labelled import LabelledLoader
     from moe_cl.data.samples import Images, smallest_side
+    from moe_cl.evals.sets import beside
     from moe_cl.views.augment import make_views
     from moe_cl.views.spec import build_spec
 
     out = Path(out)
     backbone, cfg, step = load(checkpoint_of(out), which)
-    pattern = pattern or cfg.eval.test or cfg.data.train
+    pattern = pattern or cfg.eval.test or beside(cfg.data.train, train=False) or cfg.data.train
     dataset = resolve(pattern)
     size = cfg.eval.size or cfg.views.size
     stride = max(1, len(dataset) // samples)

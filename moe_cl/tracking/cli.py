@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from moe_cl.arguments import real
 from moe_cl.tracking import mlflow
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync = verbs.add_parser("sync", help="send what has not been delivered, each point once")
     sync.add_argument("out", nargs="+", help="out dirs of runs")
     sync.add_argument("--track-uri", help="another server than the run's (with credentials, if it needs some)")
-    sync.add_argument("--seconds", type=float, default=600.0, help="give up after (default %(default)s)")
+    sync.add_argument("--seconds", type=real(low=0), default=600.0, help="give up after (default %(default)s)")
     sync.add_argument("--status", choices=["FINISHED", "FAILED", "KILLED"], help="how the run ended, if it did not say")
 
 

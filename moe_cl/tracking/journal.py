@@ -101,11 +101,11 @@ class Journal(NullJournal):
         else:
             head = header(found[-1]) if found else {}
             self.id, self._part = head.get("id") or uuid.uuid4().hex, head.get("part", 1)
-            for part in found:
-                _cut(part, resume_step)
+            reached = max((_cut(part, resume_step) for part in found), default=0)
         self._open()
         if resume_step is not None:
-            self.event("resume", step=resume_step)
+            # An earlier life came further: its steps are run again, and MLflow keeps the points it has of them.
+            self.event("resume", step=resume_step, **({"repeats_to": reached} if reached > resume_step else {}))
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -169,15 +169,18 @@ class Journal(NullJournal):
             self._file = -1
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of later steps, the end of an earlier life and a torn last line."""
+def _cut(path: Path, step: int) -> int:
+    """Drop the lines of later steps, the end of an earlier life and a torn last line; the last step there was."""
     data = path.read_bytes()
-    kept = bytearray()
+    kept, reached = bytearray(), 0
     for raw, line in lines(data):
+        if line["kind"] == "step":
+            reached = max(reached, line["step"])
         if line["kind"] != "end" and (line.get("step") is None or line["step"] <= step):
             kept += raw
     if len(kept) != len(data):
         _replace(path, bytes(kept))
+    return reached
 
 
 def _compact(path: Path, keep: int) -> None:

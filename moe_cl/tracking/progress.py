@@ -83,6 +83,7 @@ class Progress:
         self._begin = self._last = time.monotonic()
         self._memory, self._memory_time, self._advised, self._bar = 0.0, 0.0, False, None
         self._step, self._values = start, {}
+        self._count, self._time, self._waiting = 0, 0.0, 0.0  # steps, their seconds and waits in units of a batch
         if enabled and self._stream.isatty():
             # On a narrow terminal the bar gives way, not the numbers.
             text = TextColumn("[bold]{task.description}[/] {task.completed:.0f}/{task.total:.0f}  {task.fields[line]}")
@@ -98,6 +99,7 @@ class Progress:
             return
         values = dict(values or {})
         self._step, self._values = step, values
+        self._weigh(values)
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=self.line(now))
@@ -110,6 +112,23 @@ class Progress:
             if len(self._waits) == WINDOW and share > DATA_WAIT and not self._advised:
                 self._advised = True
                 self.say("data wait: " + ADVICE.format(share=share))
+
+    def _weigh(self, values: Mapping[str, Any]) -> None:
+        """One step more for ``images`` and ``waited``: means over the time, not over the steps."""
+        if (rate := values.get("images_per_second", 0.0)) > 0:
+            self._count += 1
+            self._time += 1 / rate
+            self._waiting += values.get("data_wait", 0.0) / rate
+
+    @property
+    def images(self) -> float:
+        """Images a second over all steps of this start, pauses between steps left out; 0 before the first."""
+        return self._count / self._time if self._count else 0.0
+
+    @property
+    def waited(self) -> float:
+        """Share of that time that waited for data."""
+        return self._waiting / self._time if self._count else 0.0
 
     def data_wait(self) -> float:
         """Share of the time of the last ``WINDOW`` steps that waited for data."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_cl.config import TrackConfig
 from moe_cl.tracking import environment, mlflow
 from moe_cl.tracking.journal import Journal, NullJournal
-from moe_cl.tracking.progress import Progress, banner
+from moe_cl.tracking.progress import Progress, banner, duration
 from moe_cl.tracking.system import Monitor
+
+if TYPE_CHECKING:
+    from moe_cl.engine.flops import Flops
 
 
 class Tracking:
@@ -24,6 +28,7 @@ class Tracking:
         rank: this rank; only 0 writes. node: True on one rank of each host, which samples the machine.
         resume_step: steps done before this start, 0 for a fresh one.
         total: steps of the whole run. tags, datasets, run_id: see ``mlflow.start``. show: rows of the banner.
+        flops: of an image, for ``tflops`` and ``mfu`` of each step; None = these are left out.
     """
 
     def __init__(
@@ -40,9 +45,11 @@ class Tracking:
         datasets: list[Mapping[str, Any]],
         show: Mapping[str, Any],
         run_id: str | None = None,
+        flops: Flops | None = None,
     ):
         self.out, self.track, self.speaks = out, track, rank == 0
-        self.status = "FINISHED"
+        self.status, self.flops, self.first, self.done = "FINISHED", flops, resume_step, resume_step
+        self._begin, self._shown = time.monotonic(), {}
         self.journal, self.handle = NullJournal(), None
         if self.speaks:
             self.journal = Journal(out / "journal.jsonl", resume_step or None)
@@ -65,9 +72,12 @@ class Tracking:
             self._monitor.step = step
         if not self.speaks:
             return
+        if self.flops is not None and "images_per_second" in values:
+            values = {**values, **self.flops.rates(float(values["images_per_second"]))}
         self.journal.step(step, values, samples, **more)
         shown = ("loss", "images_per_second", "data_wait")
-        self.progress.update(step, {name: float(values[name]) for name in shown if name in values})
+        self.done, self._shown = step, {name: float(values[name]) for name in shown if name in values}
+        self.progress.update(step, self._shown)
 
     def event(self, name: str, step: int | None = None, **fields: Any) -> None:
         """Something that happened once: into the journal."""
@@ -108,3 +118,24 @@ class Tracking:
         if self.handle is not None and not self.handle.stop(self.track.flush_seconds, self.status):
             if self.handle.process is not None:
                 print(f"MLflow has not everything yet: python -m moe_cl track sync {self.out}", file=sys.stderr)
+        if self.speaks and self.done > self.first:
+            banner(self.summary(), title=f"moe_cl pretrain: {self.status}")
+
+    def summary(self) -> dict[str, str]:
+        """What the end shows."""
+        seconds = time.monotonic() - self._begin
+        rows = {"steps": f"{self.done} of {self.progress.total}, {self.done - self.first} of them in this start"}
+        rows["time"] = f"{duration(seconds)} with start and end"
+        if "loss" in self._shown:
+            rows["loss"] = f"{self._shown['loss']:.4f} in the last step"
+        if self.progress.images:
+            rows["speed"] = f"{self.progress.images:.0f} images/s, data wait {self.progress.waited:.0%}"
+        if self.flops is not None and self.progress.images:
+            rates = self.flops.rates(self.progress.images)
+            rows["arithmetic"] = f"{rates['tflops']:.3g} TFLOP/s" + (
+                f", {rates['mfu']:.1%} MFU" if "mfu" in rates else ""
+            )
+        rows["out"] = str(self.out)
+        if self.status != "FINISHED":
+            rows["go on"] = "the same command with --resume"
+        return rows

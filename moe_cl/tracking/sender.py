@@ -21,12 +21,16 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from moe_cl.config import flatten
 from moe_cl.tracking.tail import Tail, header, parts
 
 STATE, REQUEST, JOURNAL, SYSTEM = "mlflow.state.json", "track.json", "journal.jsonl", "system"
 BATCH_METRICS, BATCH_PARAMS, BATCH_TAGS = 1000, 100, 100  # the server's limits
 KEY, PARAM, TAG, DIGEST = 250, 6000, 5000, 36
-ARTIFACTS = ("config.yaml", "ds_config.json", "environment.json", "summary.json", "report.html", "figures/*.png")
+ARTIFACTS = (
+    "config.yaml", "ds_config.json", "environment.json", "summary.json", "report.html", "figures/*.png",
+    "comparison.html", "comparison_figures/*.png",
+)  # fmt: skip
 
 
 @dataclass
@@ -101,6 +105,7 @@ class Sender:
         self._metrics: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
         self._evaluations: list[dict[str, Any]] = []
         self._events: dict[str, list[Any]] = {}
+        self._repeated: list[str] = []  # steps that were done twice, after resumes
         self._agreed = False  # the marks are the server's
         self.sent, self._limit = 0, BATCH_METRICS
         if live:
@@ -196,6 +201,8 @@ class Sender:
     def _describe(self) -> None:
         state, request = self.state, self.request
         tags = {f"event.{name}": f"{n} times, last at step {step}" for name, (n, step) in self._events.items()}
+        if self._repeated:
+            tags["event.repeated_steps"] = ", ".join(self._repeated)
         tags = {name: value for name, value in tags.items() if state.events.get(name) != value}
         if state.described != request["written"]:
             run = self.client.get_run(state.run_id)
@@ -214,18 +221,19 @@ class Sender:
             state.described = request["written"]
             self.save()
 
-    def _params(self, params: dict[str, str]) -> None:
+    def _params(self, params: dict[str, str], run_id: str = "") -> None:
+        run_id = run_id or self.state.run_id
         items = [Param(k, v) for k, v in params.items()]
         for i in range(0, len(items), BATCH_PARAMS):
             chunk = items[i : i + BATCH_PARAMS]
             try:
-                self.client.log_batch(self.state.run_id, params=chunk)
+                self.client.log_batch(run_id, params=chunk)
             except MlflowException as error:
                 if not _refused(error):
                     raise
                 for param in chunk:  # an older server takes 500 characters
                     short = Param(param.key, cut(param.value, 490))
-                    self._or_skip(lambda p=short: self.client.log_batch(self.state.run_id, params=[p]), param.key)
+                    self._or_skip(lambda p=short: self.client.log_batch(run_id, params=[p]), param.key)
 
     def _datasets(self, run: Any) -> None:
         known = {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs} if run.inputs else set()
@@ -259,6 +267,8 @@ class Sender:
                 elif kind == "event":
                     seen = self._events.setdefault(line["name"], [0, None])
                     self._events[line["name"]] = [seen[0] + line.get("count", 1), line.get("step")]
+                    if line["name"] == "resume" and line.get("repeats_to"):
+                        self._repeated.append(f"{line['step'] + 1}..{line['repeats_to']}")
                 elif kind == "end":
                     self.state.status = self.state.status or line["status"]
                 self._take(line)
@@ -307,7 +317,7 @@ class Sender:
                 self._batch(run_id, half)
 
     def _send_evaluations(self) -> None:
-        """Each evaluation is a child run too, so that evaluations can be compared and sorted by themselves."""
+        """Each evaluation is a child run too, its setting as params, so that they can be compared and sorted."""
         state = self.state
         while self._evaluations:
             line = self._evaluations[0]
@@ -321,6 +331,8 @@ class Sender:
                     run_id = self.client.create_run(state.experiment_id, when, tags, run_name=name).info.run_id
                 metrics = [Metric(clean_key(k), v, when, int(line["step"])) for k, v in _scalars(line["values"])]
                 self._batch(run_id, metrics)
+                setting = flatten(line["setting"]) if isinstance(line.get("setting"), dict) else {}
+                self._params({clean_key(k): cut(str(v), PARAM) for k, v in setting.items()}, run_id)
                 self.client.set_terminated(run_id, "FINISHED", when)
                 state.evaluations[name] = run_id
                 self.save()

@@ -55,7 +55,8 @@ def test_resume_cuts_later_steps_and_torn_lines(tmp_path):
     lines = read(path)
     assert steps(lines) == list(range(1, 44))
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [10, 20, 30, 40]
-    assert [line["name"] for line in lines if line["kind"] == "event"] == ["resume"]
+    (resume,) = [line for line in lines if line["kind"] == "event"]
+    assert (resume["name"], resume["step"], resume["repeats_to"]) == ("resume", 42, 100)
     assert not [line for line in lines if line["kind"] == "end"]
 
 

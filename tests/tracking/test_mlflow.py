@@ -120,6 +120,7 @@ def test_resume_continues_the_run_without_a_repeated_point(tmp_path, server):
     run = library.MlflowClient(server.uri).get_run(first)
     assert run.info.status == "FINISHED" and run.data.tags["changed.lr"] == "0.2" and run.data.params["lr"] == "0.1"
     assert run.data.params["new"] == "1" and run.data.tags["resumed_from"] == "step 40"
+    assert run.data.tags["event.repeated_steps"] == "41..60"
     assert len(load_state(out).evaluations) == 1
 
     # The out dir was lost; the checkpoint knows the run, and the server knows its points.

@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from moe_cl.arguments import real
 from moe_cl.config import ConfigError
 
 
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = verbs.add_parser("diff", help="which tensors of two checkpoints differ; exit code 1 if any does")
     one.add_argument("dir", type=Path)
     one.add_argument("other", type=Path)
-    one.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference that counts as equal")
+    one.add_argument(
+        "--tolerance", type=real(low=0), default=0.0, help="largest absolute difference that counts as equal"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

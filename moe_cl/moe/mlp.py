@@ -18,6 +18,9 @@ from torch import Tensor
 from moe_cl.moe.dispatch import Plan, gather_sum
 
 CHUNK = 512  # most rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
+# oneDNN compiles a kernel for every shape of a half-precision product it has not seen (0.5 to 1 ms, as much as the
+# product). Routed counts are new in every step, so pieces are filled up with zero rows to a multiple of this.
+MULTIPLE = 8
 aten = torch.ops.aten
 
 
@@ -30,6 +33,18 @@ def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
             owners.append((e, i == 0))
             sizes.append(count * (i + 1) // number - count * i // number)
     return owners, sizes
+
+
+def _filled(sizes: list[int], dtype: torch.dtype) -> list[int]:
+    """Rows of each piece as it is multiplied: with zero rows at its end where ``dtype`` is a half precision."""
+    return sizes if dtype.itemsize > 2 else [-(-n // MULTIPLE) * MULTIPLE for n in sizes]
+
+
+def _gather(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """``out`` with ``source[rows]`` first and zeros after: (F, D)."""
+    torch.index_select(source, 0, rows, out=out[: len(rows)])
+    out[len(rows) :].zero_()
+    return out
 
 
 class ExpertMLP(torch.autograd.Function):
@@ -56,42 +71,44 @@ class ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             owners, sizes = _pieces(plan.counts.tolist())
-            d, hidden, m, most = x.shape[1], w1.shape[1], len(plan.token), max(sizes, default=0)
+            filled = _filled(sizes, dtype)
+            d, hidden, m, most = x.shape[1], w1.shape[1], len(plan.token), max(filled, default=0)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             keep = train and not recompute
             xc = x.to(dtype)
             rows, scratch = xc.new_empty(most, d), xc.new_empty(most, hidden)
-            h_all, a_all = (xc.new_empty(m if keep else 0, hidden) for _ in range(2))
-            h_of, a_of = ([scratch[:n] for n in sizes],) * 2
+            h_all, a_all = (xc.new_empty(sum(filled) if keep else 0, hidden) for _ in range(2))
+            h_of, a_of = ([scratch[:f] for f in filled],) * 2
             if keep:  # otherwise one scratch serves as h and, in place, as a
-                h_of, a_of = h_all.split(sizes), a_all.split(sizes)
+                h_of, a_of = h_all.split(filled), a_all.split(filled)
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
             stacks = [q.unbind(0) for q in (w1, b1, w2, b2)]
-            pieces = zip(owners, sizes, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
-            for (e, first), n, token, ye, h, a in pieces:
+            pieces = zip(owners, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
+            for (e, first), token, ye, h, a in pieces:
                 if first:  # cast one expert at a time, so that the copy is used while in cache
                     u1, c1, u2, c2 = (s[e].to(dtype) for s in stacks)
-                torch.addmm(c1, torch.index_select(xc, 0, token, out=rows[:n]), u1.t(), out=h)
+                xe = _gather(xc, token, rows[: len(h)])
+                torch.addmm(c1, xe, u1.t(), out=h)
                 aten.gelu.out(h, out=a)
                 if dtype == wide:
                     torch.addmm(c2, a, u2.t(), out=ye)
                 else:
-                    ye.copy_(torch.addmm(c2, a, u2.t(), out=rows[:n]))
+                    ye.copy_(torch.addmm(c2, a, u2.t(), out=xe)[: len(ye)])
             out = gather_sum(y, plan.inverse, weights)
         if train:
             saved = (xc, weights, w1, b1, w2, b2, h_all, a_all, ids, plan.token, plan.choice, plan.inverse)
             ctx.save_for_backward(*saved)
-            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes), dtype, x.dtype, keep
+            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled), dtype, x.dtype, keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, w1, b1, w2, b2, h_all, a_all, ids, token, choice, inverse = ctx.saved_tensors
-        dtype, keep, (owners, sizes) = ctx.dtype, ctx.keep, ctx.pieces
+        dtype, keep, (owners, sizes, filled) = ctx.dtype, ctx.keep, ctx.pieces
         with torch.autocast(x.device.type, enabled=False):
-            d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(sizes, default=0)
+            d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(filled, default=0)
             grad = grad.contiguous()
             gx, gp = grad.new_empty(m + 1, d), grad.new_empty(m + 1)  # last: choices whose expert is elsewhere
             gx[m], gp[m] = 0, 0
@@ -105,25 +122,26 @@ class ExpertMLP(torch.autograd.Function):
             da, spare, h_one, a_one = (x.new_empty(0 if keep and i > 1 else most, hidden) for i in range(4))
             stacks = [q.unbind(0) for q in (w1, b1, w2)]
             views = [v.split(sizes) for v in (token, p, gx[:m], gp[:m])]
-            kept = (h_all.split(sizes), a_all.split(sizes)) if keep else ([h_one[:n] for n in sizes],) * 2
-            pieces = zip(owners, sizes, *views, *kept, strict=True)
-            for (e, first), n, rows, pe, gxe, gpe, h, a in pieces:
+            kept = (h_all.split(filled), a_all.split(filled)) if keep else ([h_one[:f] for f in filled],) * 2
+            pieces = zip(owners, sizes, filled, *views, *kept, strict=True)
+            for (e, first), n, f, rows, pe, gxe, gpe, h, a in pieces:
                 if first:
                     u1, c1, u2 = (s[e].to(dtype) for s in stacks)
-                xn = torch.index_select(x, 0, rows, out=xe[:n])
-                gn = torch.index_select(low, 0, rows, out=ge[:n])
+                xf, gf = _gather(x, rows, xe[:f]), _gather(low, rows, ge[:f])
                 if not keep:
-                    torch.addmm(c1, xn, u1.t(), out=h)
-                    a = aten.gelu.out(h, out=a_one[:n])
-                dan = torch.mm(gn, u2, out=da[:n])
-                torch.sum(torch.mul(dan, a, out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
-                _weight_grad(gw2[e], gb2[e], gn.mul_(pe), a, first)
-                gh = aten.gelu_backward.grad_input(dan.mul_(pe), h, grad_input=spare[:n])
-                _weight_grad(gw1[e], gb1[e], gh, xn, first)
+                    torch.addmm(c1, xf, u1.t(), out=h)
+                    a = aten.gelu.out(h, out=a_one[:f])
+                daf = torch.mm(gf, u2, out=da[:f])
+                torch.sum(torch.mul(daf[:n], a[:n], out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
+                gf[:n].mul_(pe)
+                daf[:n].mul_(pe)
+                _weight_grad(gw2[e], gb2[e], gf, a, first)
+                gh = aten.gelu_backward.grad_input(daf, h, grad_input=spare[:f])
+                _weight_grad(gw1[e], gb1[e], gh, xf, first)
                 if dtype == grad.dtype:
                     torch.mm(gh, u1, out=gxe)
                 else:
-                    gxe.copy_(torch.mm(gh, u1, out=gn))
+                    gxe.copy_(torch.mm(gh, u1, out=gf)[:n])
             grad_x = gather_sum(gx, inverse).to(ctx.x_dtype)
             on_bias = F.pad(grad @ b2.to(grad.dtype).t(), (0, 1)).gather(1, ids)  # column E: elsewhere
             grad_weights = (gp[inverse] + on_bias).to(weights.dtype)

@@ -44,6 +44,12 @@ def warnings(cfg: RunConfig, found: dict[str, Any], device: Hardware) -> list[st
             f"ZeRO's reduction bucket takes {buffers / GIB:.1f} GiB: reduce_bucket_size in the DeepSpeed JSON lowers it"
         )
     lines += _data(found, device)
+    streams, ranks = cfg.data.streams, found["ranks"]
+    if streams % ranks:
+        lines.append(
+            f"the {ranks} ranks do not divide the {streams} streams of the order, so ranks share streams and the "
+            f"cluster reads the data more than once an epoch: data.streams={math.lcm(64, ranks)} (another order)"
+        )
     return lines
 
 

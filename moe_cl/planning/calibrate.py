@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from moe_cl.config import ViewsConfig
+from moe_cl.config import ConfigError, ViewsConfig
 from moe_cl.data.decode import decode
 from moe_cl.models.vit import attention
 from moe_cl.planning.hardware import GIB, GPUS, LINE, Hardware
@@ -37,13 +37,19 @@ def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_c
     """This machine's accelerator if it has one, else its processor with torch's threads.
 
     Args:
-        seconds: for each of about a dozen figures. links: start two processes that send to each other; without them
-            the links are those of an H100's node. clock: processor time where others compute on the machine too.
+        seconds: for each of about a dozen figures.
+        links: start two processes that send to each other (none where there is one GPU); without them the links are
+            those of an H100's node.
+        clock: processor time where others compute on the machine too.
+
+    Raises:
+        ConfigError: the two processes did not meet.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timer = Timer(device, seconds, clock)
     rates = {dtype: products(timer, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    other = _links() if links else {}
+    alone = device.type == "cuda" and torch.cuda.device_count() < 2
+    other = _links() if links and not alone else {}
     known = GPUS["H100-80G"]
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -170,6 +176,10 @@ def _links() -> dict[str, float]:
     ]  # fmt: skip
     said = processes[0].communicate(timeout=300)[0]
     processes[1].communicate(timeout=60)
+    if processes[0].returncode or not said.strip():
+        raise ConfigError(
+            "plan --calibrate: two processes of this host did not meet; `python -m moe_cl doctor` says why"
+        )
     found = json.loads(said.strip().splitlines()[-1])
     slower = min(found["all_reduce_mb_s"], found["all_to_all_mb_s"])
     return {"link": slower * 1e6, "latency": found["latency_ms"] / 1e3}

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     if args.simulate:
         from moe_cl.planning import simulate
 
-        found["simulation"] = simulate.layout(cfg, args.nodes, args.gpus_per_node, device.gpu)
+        found["simulation"] = simulate.layout(cfg, args.nodes, args.gpus_per_node)
         failed = bool(found["simulation"]["errors"])
     print(json.dumps(found)) if args.json else show.plan(found)
     return 0 if found["fits"] and not failed else 1

@@ -25,7 +25,7 @@ from moe_cl.engine import large_batch, setup
 from moe_cl.losses import distillation
 from moe_cl.methods.base import Encoder, Method
 from moe_cl.models import swin, vit
-from moe_cl.moe import telemetry
+from moe_cl.moe import mlp, telemetry
 from moe_cl.planning.balanced import factory
 from moe_cl.planning.ledger import Ledger, Message, Op, PlanComm
 from moe_cl.views.spec import Batch, build_spec
@@ -214,15 +214,17 @@ def _batch(cfg: RunConfig, micro: int, ledger: Ledger) -> Batch:
 
 @contextlib.contextmanager
 def _kernels(gpu: bool) -> Iterator[None]:
-    """An accelerator's attention is the fused one, whatever device the fake tensors say."""
-    own = vit.attention
+    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows are one piece
+    (same FLOPs and bytes, and no thousands of operations to trace)."""
+    own, chunk = vit.attention, mlp.CHUNK
+    mlp.CHUNK = 2**40
     if gpu:
         vit.attention = nn.functional.scaled_dot_product_attention
     _forget()
     try:
         yield
     finally:
-        vit.attention = own
+        vit.attention, mlp.CHUNK = own, chunk
 
 
 def _forget() -> None:

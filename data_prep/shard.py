@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-count", type=whole(1), default=10_000, help="samples a shard (default: %(default)s)")
     parser.add_argument("--max-size", type=parse_bytes, default="256M", help="bytes a shard (default: %(default)s)")
     parser.add_argument(
-        "--shuffle-seed", type=int, default=0, help="of the order over all shards (default: %(default)s)"
+        "--shuffle-seed", type=whole(0), default=0, help="of the order over all shards (default: %(default)s)"
     )
     parser.add_argument(
         "--keep-order", action="store_true", help="do not shuffle; dataset.json says so, the loader warns"
@@ -190,12 +190,8 @@ def _entry(source: Source, plan: Plan, indexes: list[ShardIndex]) -> dict[str, A
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise ConfigError("--workers must be at least 1")
     if not 1 <= args.quality <= 100:
         raise ConfigError("--quality is a number from 1 to 100")
-    if args.resize_shorter is not None and args.resize_shorter < 1:
-        raise ConfigError("--resize-shorter must be positive")
     for option, text in (("--split", args.split), ("--name", args.name or "x")):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) or len(text) > 60:
             raise ConfigError(f"{option} {text!r}: use letters, digits, dot, dash and underscore")

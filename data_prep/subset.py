@@ -88,7 +88,10 @@ def choose(args: argparse.Namespace, dataset: Dataset, names: list[str], labels:
     if not (labels >= 0).any():
         raise ConfigError(f"{args.pattern} has no labels; --fraction and --per-class need them")
     parts = {}
-    for seed in _numbers(args.seeds, "--seeds", int):
+    seeds = _numbers(args.seeds, "--seeds", int)
+    if min(seeds, default=-1) < 0:
+        raise ConfigError(f"--seeds {args.seeds}: whole numbers from 0, separated by commas")
+    for seed in seeds:
         for fraction in _numbers(args.fraction, "--fraction", float):
             percent = f"{100 * fraction:g}".replace(".", "_")
             parts[f"{percent}percent-seed{seed}"] = stratified(labels, fraction, seed)

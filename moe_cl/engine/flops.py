@@ -10,6 +10,7 @@ between the images of a batch are those of the small batch: they are thousandths
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -52,26 +53,32 @@ def count(cfg: RunConfig, world: int) -> Flops:
     Args:
         cfg: the run. world: its ranks.
     """
+    peak = cfg.engine.peak_tflops
+    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False):
+        image = _image(cfg)
+    gc.collect()  # networks and methods point at each other: their memory is given back now, before training
+    return Flops(image, peak * 1e12 * world if peak else None)
+
+
+def _image(cfg: RunConfig) -> float:
     one = copy.deepcopy(cfg)
     one.model.activation_checkpointing = one.model.compile = one.moe.recompute = False
     one.moe.ep_size, one.engine.statistics = 1, "global"
     images = max(2, getattr(cfg.params, "bn_groups", 1))
     comm, spec = LocalComm(), build_spec(cfg.views)
-    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False):
-        method, student, teacher = build_method(one, comm, None)
-        method.bind(student, teacher)
-        method.progress.epochs, method.progress.steps_per_epoch = cfg.schedule.epochs, 1
-        views = [torch.zeros(number * images, 3, side, side) for side, number in spec.resolutions]
-        ids = torch.arange(images)
-        boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(spec.views, images, 5).clone()
-        batch = with_keys(Batch(views, boxes, ids, ids, ids), cfg.seed, 0)
-        # The counter does not know the CPU's fused attention; as matrix products it does.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            features = method.encode_student(student, batch)
-            keys = None
-            if teacher is not None:
-                with torch.no_grad():
-                    keys = method.encode_teacher(teacher, batch)
-            method.loss(features, keys, batch, comm).loss.backward()
-    peak = cfg.engine.peak_tflops
-    return Flops(counter.get_total_flops() / images, peak * 1e12 * world if peak else None)
+    method, student, teacher = build_method(one, comm, None)
+    method.bind(student, teacher)
+    method.progress.epochs, method.progress.steps_per_epoch = cfg.schedule.epochs, 1
+    views = [torch.zeros(number * images, 3, side, side) for side, number in spec.resolutions]
+    ids = torch.arange(images)
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(spec.views, images, 5).clone()
+    batch = with_keys(Batch(views, boxes, ids, ids, ids), cfg.seed, 0)
+    # The counter does not know the CPU's fused attention; as matrix products it does.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        features = method.encode_student(student, batch)
+        keys = None
+        if teacher is not None:
+            with torch.no_grad():
+                keys = method.encode_teacher(teacher, batch)
+        method.loss(features, keys, batch, comm).loss.backward()
+    return counter.get_total_flops() / images

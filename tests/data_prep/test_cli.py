@@ -44,6 +44,8 @@ def test_no_verb_is_exit_code_2():
         (["shard", "images"], "arguments are required: --out"),
         (["shard", "images", "--out", "x", "--workers", "0"], "a whole number of at least 1 is needed, found '0'"),
         (["shard", "images", "--out", "x", "--max-count", "many"], "a whole number of at least 1 is needed"),
+        (["shard", "images", "--out", "x", "--shuffle-seed", "-1"], "a whole number of at least 0"),
+        (["shard", "images", "--out", "x", "--resize-shorter", "0"], "a whole number of at least 1"),
         (["lint", "x", "--nothing"], "unrecognized arguments: --nothing"),
         (["stats", "x", "--seed", "-1"], "a whole number of at least 0"),
         (["subset"], "arguments are required"),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from data_prep.cli import main
@@ -49,5 +50,7 @@ def test_many_classes_show_both_ends(tmp_path, capsys):
 
 def test_bad_input(tmp_path, capsys):
     assert main(["stats", str(tmp_path / "gone")]) == 2
-    assert main(["stats", str(tmp_path), "--count", "0"]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["stats", str(tmp_path), "--count", "0"])
+    assert end.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2

@@ -102,7 +102,7 @@ def test_a_few_shot_part_as_shards_keeps_labels(shards, tmp_path):
     ("args", "message"),
     [
         (["--fraction", "0"], "above 0"), (["--fraction", "x"], "numbers separated"),
-        (["--per-class", "11"], "class 0 has 10"),
+        (["--per-class", "11"], "class 0 has 10"), (["--per-class", "1", "--seeds", "0,-1"], "whole numbers from 0"),
         (["--names", "{tmp}/names.txt"], "1 of 2 names are not in the shards, the first nobody.JPEG"),
         (["--names", "{tmp}/gone.txt"], "no readable"), (["--classes", "{tmp}/names.txt"], "is no class"),
         (["--per-class", "1,2", "--shards", "{tmp}/x"], "writes one part"),

@@ -36,13 +36,17 @@ def _rank(rank: int, port: int, batch: int, results) -> None:
     comm = Counting()
     layer = SparseMLP(DIM, MoEConfig(experts=16, top_k=K), comm=comm)
     _, routing = layer(torch.randn(batch, 197, DIM))
-    elsewhere = (routing.indices // 8 != rank).any(-1).sum()  # unique (token, remote rank) pairs
-    results.put((comm.sent, int(elsewhere)))
+    away = (routing.indices // 8 != rank).sum(-1)  # experts of each token on the other rank
+    results.put((comm.sent, routing.sent, int((away > 0).sum()), int((away > 1).sum())))
     dist.destroy_process_group()
 
 
 def bytes_of_two_ranks(batch: int) -> dict[str, int]:
-    """One forward of a layer on ``batch`` images a rank: bytes of the rows, of the formula, and beside the rows."""
+    """One forward of a layer on ``batch`` images a rank: bytes that left both ranks, and what they were.
+
+    ``sent`` is all of it, as counted; ``rows`` what the layer says it sent of tokens, both ways; ``pairs x width x 2``
+    the formula over the unique (token, remote rank) pairs of the routing.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -51,7 +55,11 @@ def bytes_of_two_ranks(batch: int) -> dict[str, int]:
     ranks = mp.spawn(_rank, (port, batch, results), nprocs=2, join=False)
     out = [results.get() for _ in range(2)]
     ranks.join()
-    total = sum(sum(sent) for sent, _ in out)
-    pairs = sum(pairs for _, pairs in out)
-    beside = sum(sent[0] for sent, _ in out) + pairs * K * (4 + 2)  # counts; weights fp32 and expert ids int16
-    return {"rows": total - beside, "pairs x width x 2": pairs * DIM * 4 * 2, "weights, ids and counts": beside}
+    counts, rows, pairs, shared = (sum(column) for column in zip(*((o[0][0], *o[1:]) for o in out), strict=True))
+    return {
+        "sent": sum(sum(sent) for sent, *_ in out),
+        "rows": rows * DIM * 4 * 2,
+        "pairs x width x 2": pairs * DIM * 4 * 2,
+        "weights and ids of tokens with both experts there": shared * K * (4 + 1),
+        "counts": counts,
+    }

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError, MoEConfig
 from moe_cl.moe import grouped, mlp
-from moe_cl.moe.dispatch import route, sort_by_expert
+from moe_cl.moe.dispatch import sort_by_expert
+from moe_cl.moe.exchange import route
 from moe_cl.moe.router import Router, Routing, init_seed
 from moe_cl.moe.shazeer import ShazeerRouter
-
 from moe_cl.tracking.trace import span
+
 
 class Experts(nn.Module):
     """E_local two-layer MLPs with exact GELU: w1 (E_local, H, D), b1 (E_local, H), w2 (E_local, D, H), b2 (E_local, D).

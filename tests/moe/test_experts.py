@@ -1,5 +1,6 @@
 """The layer against golden values of the published code and against plain autograd, on one rank and several."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +126,14 @@ def test_a_token_travels_once_to_each_rank_that_holds_its_experts():
         assert routing.sent == sum(len({*h.tolist()} - {rank}) for h in homes)
 
 
-def test_bytes_sent_are_the_unique_pairs():
-    """Forward: counts, then rows with weights and ids, then rows back; the backward sends rows twice more."""
-    dim, k = 16, 2
+@pytest.mark.parametrize(("world", "experts"), [(2, 16), (4, 8)])
+def test_bytes_sent_are_the_unique_pairs(world, experts):
+    """A forward: counts, rows there, rows back; the backward: rows there, rows back.
+
+    Beside the rows go k weights and one-byte ids of the pairs whose rank holds several of the token's experts (and the
+    weights' gradients back), and E_local + 1 counts to each rank. Nothing else.
+    """
+    dim, k, local = 16, 2, experts // world
 
     def one(comm):
         messages, plain_exchange = [], comm._exchange
@@ -137,19 +143,23 @@ def test_bytes_sent_are_the_unique_pairs():
             return plain_exchange(x, send, recv)
 
         comm._exchange = counting
-        layer = SparseMLP(dim, MoEConfig(experts=8, top_k=k), comm=comm)
-        x = torch.randn(2, 9 + comm.rank, dim, requires_grad=True)
+        layer = SparseMLP(dim, MoEConfig(experts=experts, top_k=k), comm=comm)
+        x = torch.randn(2, 90 + comm.rank, dim, requires_grad=True)
         y, routing = layer(x)
         y.sum().backward()
-        away = [{*homes} - {comm.rank} for homes in (routing.indices // 2).view(-1, k).tolist()]
-        return messages, sum(map(len, away))
+        homes = [Counter(h) for h in (routing.indices // local).view(-1, k).tolist()]
+        away = [number for h in homes for rank, number in h.items() if rank != comm.rank]
+        return messages, len(away), sum(number > 1 for number in away)
 
-    out = SimComm.run(4, one)
-    counts, there, back, grad_there, grad_back = (sum(m[i] for m, _ in out) for i in range(5))
-    pairs = sum(p for _, p in out)
-    assert counts == 4 * 3 * 8
-    assert there == pairs * (dim * 4 + k * (4 + 2)) and back == pairs * dim * 4
-    assert grad_there == pairs * dim * 4 and grad_back == pairs * (dim * 4 + k * 4)
+    out = SimComm.run(world, one)
+    assert all(len(messages) == 5 for messages, *_ in out)
+    counts, there, back, grad_there, grad_back = (sum(m[i] for m, *_ in out) for i in range(5))
+    pairs, shared = (sum(o[i] for o in out) for i in (1, 2))
+    rows = pairs * dim * 4
+    assert counts == world * (world - 1) * (local + 1) * 4
+    assert (there - rows, back) == (shared * k * (4 + 1), rows)
+    assert (grad_there, grad_back - rows) == (rows, shared * k * 4)
+    assert 0 < shared < pairs / 2
 
 
 def test_the_same_model_for_every_layout():

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.engine.health import Agreed
 from moe_cl.engine.scaler import loss_scale
-from moe_cl.engine.step import Parts, _agree, finish, teacher_pass, with_keys
+from moe_cl.engine.step import Parts, _agree, finish, objective, teacher_pass, with_keys
 from moe_cl.methods.base import Encoder, StepOutput
 from moe_cl.models.build import Encoded
 from moe_cl.models.norm import BatchNorm
-from moe_cl.moe import telemetry
 from moe_cl.moe.router import Routing
 from moe_cl.tracking.trace import span
 from moe_cl.views.spec import Batch
@@ -61,12 +60,8 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
     outputs: list[StepOutput] = []
 
     def heads(encoder: Encoder) -> Tensor:
-        with span("loss"):
-            out = method.loss(student_out, teacher_out, whole, parts.comm)
-            views, samples = whole.boxes.shape[:2]
-            out.metrics.update(telemetry.summarize(student_out, views, samples, method.matched))
-        outputs.append(out)
-        return out.loss
+        outputs.append(objective(parts, student_out, teacher_out, whole))
+        return outputs[-1].loss
 
     loss = engine(heads)
     agreed = _agree(parts, outputs, batches, number)

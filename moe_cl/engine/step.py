@@ -21,6 +21,7 @@ from moe_cl.engine.health import Agreed, agree
 from moe_cl.engine.optim import freeze
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method, StepOutput
+from moe_cl.models.build import Encoded
 from moe_cl.moe import telemetry
 from moe_cl.tracking.trace import span
 from moe_cl.views.spec import Batch
@@ -69,6 +70,15 @@ def teacher_pass(parts: Parts, batch: Batch, momentum: float | None) -> Any:
         return parts.method.encode_teacher(parts.teacher, batch)
 
 
+def objective(parts: Parts, student: Encoded, teacher: Encoded | None, batch: Batch) -> StepOutput:
+    """Heads and loss on the features of ``batch``, with what the routers did among the metrics."""
+    with span("loss"):
+        out = parts.method.loss(student, teacher, batch, parts.comm)
+        views, samples = batch.boxes.shape[:2]
+        out.metrics.update(telemetry.summarize(student, views, samples, parts.method.matched))
+    return out
+
+
 def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Agreed:
     """One optimizer step over this rank's micro-batches; returns metrics averaged over ranks and micro-batches.
 
@@ -83,12 +93,8 @@ def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Ag
             with span("encode student"):
                 student_out = method.encode_student(encoder, batch)
             teacher_out = teacher_pass(parts, batch, momentum if first else None)
-            with span("loss"):
-                out = method.loss(student_out, teacher_out, batch, parts.comm)
-                views, samples = batch.boxes.shape[:2]
-                out.metrics.update(telemetry.summarize(student_out, views, samples, method.matched))
-            outputs.append(out)
-            return out.loss
+            outputs.append(objective(parts, student_out, teacher_out, batch))
+            return outputs[-1].loss
 
         last = index == len(batches) - 1
         loss = engine(body)

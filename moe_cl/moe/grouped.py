@@ -55,16 +55,9 @@ class _Combine(torch.autograd.Function):
 
 
 def forward(
-    x: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    plan: Plan,
-    dtype: torch.dtype,
+    x: Tensor, weights: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, plan: Plan, dtype: torch.dtype,
     recompute: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As ``mlp.ExpertMLP``: (R, D) fp32. Biases are added as one-hot (M, E) products, so their gradient is one too."""
     with torch.autocast(x.device.type, enabled=False):
         offsets = plan.counts.cumsum(0).to(torch.int32)

@@ -115,7 +115,10 @@ def run_cells(state: State, cells: list[Cell], folders: dict[str, Path]) -> list
                 print(f"{args.minutes:g} minutes are over; the same command goes on with {len(todo)} cells", flush=True)
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            errors += [str(future.exception()) for future in done if future.exception()]
+            for error in (future.exception() for future in done):
+                if error:
+                    errors.append(str(error))
+                    print(f"a cell failed; the same command tries it again:\n{error}", file=sys.stderr, flush=True)
     return errors
 
 
@@ -129,8 +132,6 @@ def main() -> int:
     # A whole round of methods before the next seed, so that a table that was cut short has every method in it.
     cells = [Cell(s, m, seed) for seed in range(args.seeds) for s in args.sets for m in args.methods]
     errors = run_cells(state, cells, folders)
-    for error in errors:
-        print(error, file=sys.stderr)
     found = state.body["cells"]
     ratios = {}
     for name in args.sets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -73,13 +74,18 @@ def build(kind: type, tree: dict[str, Any], prefix: str = "") -> Any:
     """A dataclass of ``kind`` from a mapping, each value checked and converted. Raises ConfigError."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'recipe'}: expected a mapping, found {tree!r}")
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     values = {}
     for key, value in tree.items():
         if key not in hints:
             raise ConfigError(f"unknown key {prefix}{key}{nearest(key, list(hints))}")
         values[key] = convert(hints[key], value, prefix + key)
     return kind(**values)
+
+
+@functools.lru_cache(maxsize=64)  # the annotations are text, evaluated anew at each call
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

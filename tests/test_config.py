@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_cl import config
@@ -72,6 +72,7 @@ def test_base_recipe_is_changed_not_replaced(tmp_path):
     assert (cfg.optim.name, cfg.optim.base_lr) == ("sgd", 4.0)
 
 
+@settings(deadline=None)  # it writes a file
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(1e-8, 10),

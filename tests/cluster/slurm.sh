@@ -41,7 +41,7 @@ ReturnToService=2
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-KillWait=5
+KillWait=60
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 NodeName=h1 NodeHostname=$name NodeAddr=10.77.0.1 CPUs=1
@@ -52,8 +52,7 @@ export SLURM_CONF="$dir/slurm.conf"
 mkdir -p "$dir/spoolh1" "$dir/spoolh2"
 slurmctld -f "$SLURM_CONF"
 for n in 1 2; do
-  # nsenter, not `ip netns exec`: that would hide the cgroup mounts, without which slurmd refuses to start.
-  nsenter --net="/var/run/netns/h$n" slurmd -N "h$n" -f "$SLURM_CONF"
+  "$dir/../bin/on" "$n" slurmd -N "h$n" -f "$SLURM_CONF"
   ln -sf "slurmd-h$n.pid" "$dir/slurmd$n.pid"
 done
 for _ in $(seq 100); do

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Two hosts on one machine: network namespaces h1 and h2 on a bridge (10.77.0.1, 10.77.0.2), each with its own sshd.
+# Two hosts on one machine, h1 and h2 (10.77.0.1, 10.77.0.2 on a bridge): each a network, a host-name and a mount
+# namespace with its own sshd. A file system is shared, unless something is mounted in one of them (on 2 mount ...).
 # Usage (root): up.sh DIR    keys, configs, pids and logs go to DIR; it prints nothing when all is well. See down.sh.
+#   DIR/bin/on N COMMAND...  runs a command on host N as if logged in there
+#   DIR/bin/ssh              the ssh that knows both; first on PATH it serves the DeepSpeed launcher, pdsh and doctor
 set -euo pipefail
 dir="$(realpath -m "${1:?usage: up.sh DIR}")"
-mkdir -p "$dir" /run/sshd
+mkdir -p "$dir/bin" /run/sshd
 "$(dirname "${BASH_SOURCE[0]}")/down.sh" "$dir"
 ip link add br77 type bridge
 ip addr add 10.77.0.254/24 dev br77
 ip link set br77 up
 ssh-keygen -q -t ed25519 -N '' -f "$dir/id" <<<y >/dev/null
+printf '127.0.0.1 localhost\n10.77.0.1 h1\n10.77.0.2 h2\n' >"$dir/hosts"
 for n in 1 2; do
   ip netns add "h$n"
   ip link add "veth$n" type veth peer name eth0 netns "h$n"
@@ -30,10 +34,17 @@ PasswordAuthentication no
 AcceptEnv *
 MaxStartups 100
 EOF
-  ip netns exec "h$n" /usr/sbin/sshd -f "$dir/sshd$n.conf" -E "$dir/sshd$n.log"
+  # nsenter, not `ip netns exec`: that would hide the cgroup mounts, without which slurmd refuses to start.
+  nsenter --net="/var/run/netns/h$n" unshare --uts --mount sh -c \
+    "hostname h$n && mount --bind $dir/hosts /etc/hosts && exec /usr/sbin/sshd -f $dir/sshd$n.conf -E $dir/sshd$n.log"
 done
+cat >"$dir/bin/on" <<EOF
+#!/bin/sh
+n="\$1"; shift
+exec nsenter --target "\$(cat $dir/sshd\$n.pid)" --net --uts --mount --wdns="\$PWD" "\$@"
+EOF
 cat >"$dir/ssh_config" <<EOF
-Host 10.77.0.*
+Host h1 h2 10.77.0.*
   User root
   IdentityFile $dir/id
   IdentitiesOnly yes
@@ -41,13 +52,11 @@ Host 10.77.0.*
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 EOF
-# Programs that call plain ssh (the DeepSpeed launcher, pdsh, doctor) find this one on PATH: the user's own stays as it is.
-mkdir -p "$dir/bin"
 printf '#!/bin/sh\nexec /usr/bin/ssh -F %s/ssh_config "$@"\n' "$dir" >"$dir/bin/ssh"
-chmod +x "$dir/bin/ssh"
-printf '10.77.0.1 slots=1\n10.77.0.2 slots=1\n' >"$dir/hostfile"
+chmod +x "$dir/bin/ssh" "$dir/bin/on"
+printf 'h1 slots=1\nh2 slots=1\n' >"$dir/hostfile"
 for n in 1 2; do
-  for _ in $(seq 50); do
+  for _ in $(seq 100); do
     "$dir/bin/ssh" -o ConnectTimeout=2 "10.77.0.$n" true 2>/dev/null && continue 2
     sleep 0.1
   done

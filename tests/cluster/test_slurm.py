@@ -1,16 +1,18 @@
-"""A real two-node Slurm: the job is signalled before its limit, saves, goes back into the queue and continues."""
+"""A real two-node Slurm: the job is signalled before its limit, saves, goes back into the queue and continues.
+
+Then one node continues it, and the launcher of one machine makes the same run in one piece.
+"""
 
 import os
-import shutil
 import subprocess
-import time
 
 import pytest
 
-from moe_cl.tracking.journal import read
-from tests.cluster.conftest import HERE, install
+from moe_cl.engine.checkpoint import store
+from tests.cluster.conftest import HERE, install, steps, until
 from tests.pool import free_port
-from tests.small import ROOT, settings
+from tests.small import ENV, ROOT, settings
+from tests.test_launchers import script
 
 pytestmark = pytest.mark.cluster
 
@@ -21,26 +23,13 @@ def slurm(cluster):
         pytest.skip(why)
     up = subprocess.run([HERE / "slurm.sh", "up", cluster.folder], capture_output=True, text=True)
     assert up.returncode == 0, up.stderr
-    env = {**cluster.env, "SLURM_CONF": str(cluster.folder / "slurm" / "slurm.conf"), "MASTER_ADDR": "10.77.0.1"}
+    env = {**cluster.env, "SLURM_CONF": str(cluster.folder / "slurm" / "slurm.conf")}
     yield {**env, "MASTER_PORT": str(free_port())}
     subprocess.run(["scancel", "--user=root"], env={**os.environ, "SLURM_CONF": env["SLURM_CONF"]})
     subprocess.run([HERE / "slurm.sh", "down", cluster.folder])
 
 
-def steps(out):
-    return [line for line in read(out / "journal.jsonl") if line["kind"] == "step"]
-
-
-def until(condition, seconds, what, log):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        said = log.read_text()[-3000:] if log.exists() else "(no log yet)"
-        assert time.monotonic() < deadline, f"{what} within {seconds} s; the job's log:\n{said}"
-        time.sleep(0.2)
-
-
-def test_signalled_saved_requeued_continued(slurm, shards, tmp_path):
-    assert shutil.which("sbatch")
+def test_signalled_saved_requeued_continued_on_one_node(slurm, shards, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
 
     def ask(*command):
@@ -48,28 +37,40 @@ def test_signalled_saved_requeued_continued(slurm, shards, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    job = ask(
-        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=2", "--signal=USR1@60",
-        f"--output={log}", "launchers/slurm.sbatch",
-        *settings(shards, out, "moe.ep_size=2", "schedule.epochs=5000", "checkpoint.every_steps=100000"),
-    )  # fmt: skip
+    def submit(nodes, *more):
+        run = settings(shards, out, "schedule.epochs=5000", "checkpoint.every_steps=100000", *more)
+        return ask(
+            "sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=2",
+            "--signal=USR1@60", f"--output={log}", "launchers/slurm.sbatch", *run,
+        )  # fmt: skip
+
+    def gone(job):
+        until(lambda: not ask("squeue", "-h", "-j", job), 200, "the job to end", log)
+
     said = lambda text: log.exists() and text in log.read_text()  # noqa: E731
-    until(lambda: said("back into the queue"), 150, "the signal before the limit, a save and a requeue", log)
+    job = submit(2, "moe.ep_size=2")
+    until(lambda: said("back into the queue"), 200, "the signal before the limit, a save and a requeue", log)
     first = len(steps(out))
     assert first > 0 and "KILLED" in (out / "journal.jsonl").read_text()
-    until(lambda: len(steps(out)) > first + 3, 90, "the requeued job to go on", log)
+    until(lambda: len(steps(out)) > first + 3, 150, "the requeued job to go on", log)
     assert "Restarts=1" in ask("scontrol", "show", "job", job)
     ask("scancel", job)
-    until(lambda: not ask("squeue", "-h", "-j", job), 60, "the job to end", log)
-    # Nothing lost, nothing repeated: as many steps, each once, and every step's samples are those of a straight run.
-    lines = steps(out)
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    whole = tmp_path / "whole"
-    straight = subprocess.run(
-        ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module", "moe_cl", "pretrain",
-         *settings(shards, whole, "moe.ep_size=2", "schedule.epochs=5000", f"schedule.max_steps={first + 3}")],
-        cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=200,
+    gone(job)
+    # Nothing lost, nothing repeated: each step once, and every step's samples and loss are those of a straight run.
+    two = steps(out)
+    assert [line["step"] for line in two] == list(range(1, len(two) + 1))
+    last = store.step_of(store.latest_complete(out))
+    assert last == len(two)  # also scancel leaves the time to save
+    gone(submit(1, "moe.ep_size=1", f"schedule.max_steps={last + 4}"))
+    lines, whole = steps(out), tmp_path / "whole"
+    assert [line["step"] for line in lines] == list(range(1, last + 5)), log.read_text()[-3000:]
+    straight = script(
+        "launchers/local.sh", "2",
+        *settings(shards, whole, "moe.ep_size=2", "schedule.epochs=5000", f"schedule.max_steps={last + 4}"),
+        env={**ENV, "MASTER_PORT": str(free_port())}, timeout=400,
     )  # fmt: skip
     assert straight.returncode == 0, straight.stderr[-2000:]
-    for mine, theirs in zip(lines, steps(whole), strict=False):
-        assert (mine["samples"], mine["values"]["loss"]) == (theirs["samples"], theirs["values"]["loss"])
+    theirs = steps(whole)
+    assert [line["samples"] for line in lines] == [line["samples"] for line in theirs]
+    for mine, other in zip(two, theirs, strict=False):
+        assert (mine["samples"], mine["values"]["loss"]) == (other["samples"], other["values"]["loss"])

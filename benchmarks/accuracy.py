@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import _accuracy_table as page
 from benchmarks import _cells
 from benchmarks._cells import METHODS, SETS, SIX, Budget, Cell
+from moe_cl.config import ConfigError
 from moe_cl.evals.record import write_json
 
 
@@ -82,14 +83,18 @@ class State:
         os.replace(part, self.args.table)
 
 
-def measure(state: State, cell: Cell, data: Path) -> None:
-    """One cell, recorded."""
+def count(state: State, cells: list[Cell], folders: dict[str, Path]) -> None:
+    """FLOPs of every method, which also says what is wrong with a cell's settings before the first one starts."""
     from benchmarks._flops import flops
 
-    name = f"{cell.set}/{cell.method}"
-    with state.lock:
+    for cell in cells:
+        name = f"{cell.set}/{cell.method}"
         if name not in state.body["flops"]:
-            state.body["flops"][name] = flops(_cells.resolve(cell, state.budget, data)[1])
+            state.body["flops"][name] = flops(_cells.resolve(cell, state.budget, folders[cell.set])[1])
+
+
+def measure(state: State, cell: Cell, data: Path) -> None:
+    """One cell, recorded."""
     folder = state.args.out / "cells" / cell.key.replace("/", "-").replace(" ", "_")
     result = _cells.run(cell, state.budget, data, folder)
     with state.lock:
@@ -131,6 +136,10 @@ def main() -> int:
         folders[name], state.body["sizes"][name] = _cells.prepare(name)
     # A whole round of methods before the next seed, so that a table that was cut short has every method in it.
     cells = [Cell(s, m, seed) for seed in range(args.seeds) for s in args.sets for m in args.methods]
+    try:
+        count(state, cells, folders)
+    except ConfigError as error:
+        sys.exit(f"accuracy: {error}")
     errors = run_cells(state, cells, folders)
     found = state.body["cells"]
     ratios = {}

@@ -29,9 +29,9 @@ PARTS = (
 
 FLAT = 500_000_000  # elements that DeepSpeed's stage 0 reduces at once
 MIB = 2**20
-# On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads, and oneDNN's kernels for the
-# experts' changing numbers of rows in 16 bits (it keeps up to 1,024).
-LIBRARIES, MOE_KERNELS = 70 * MIB, 400 * MIB
+# On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads; oneDNN's kernels for the experts'
+# changing numbers of rows in 16 bits (it keeps up to 1,024); its copies of feature maps in layouts of its own.
+LIBRARIES, MOE_KERNELS, CONVOLUTIONS = 70 * MIB, 400 * MIB, 150 * MIB
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,20 @@ def _on_cpu(cfg: RunConfig, traced: Trace, zero: Zero, cut: float, world: int) -
     blocks (the engine copies them into one). Large blocks come and go: the bucket, of which only what is written
     exists, with a rank's own part beside it or (several ranks) a copy of it.
     """
-    whole, once, inside = traced.trained, max(traced.dense, traced.experts), min(zero.bucket, traced.trained)
+    once, inside = max(traced.dense, traced.experts), min(zero.bucket, traced.trained)
     out = {part: float(size) for part, size in traced.peak.items()}
-    out["gradients"] = 4.0 * whole
+    out["gradients"] = 4.0 * traced.small
     low = any(op.low for ops in traced.ops.values() for op in ops)
-    out["libraries"] = LIBRARIES + (MOE_KERNELS if low and traced.experts else 0)
+    kernels = (MOE_KERNELS if low and traced.experts else 0) + (CONVOLUTIONS if traced.convolutions else 0)
+    out["libraries"] = LIBRARIES + kernels
     if zero.stage == 0:
+        out["gradients"] = 4.0 * traced.trained
         large, part = 4 * min(once, FLAT), "reduction buffers"
     else:
-        out["weights"] = 4.0 * whole
-        large, part = 4 * (inside + max(cut, min(once, inside) if world > 1 else 0)), "reduction buffers"
+        out["weights"] = 4.0 * traced.small
+        step = cut * (2 + (cfg.optim.name != "adamw"))  # this rank's gradients, together, and with decay
+        reduction = inside + max(cut, min(once, inside) if world > 1 else 0)
+        large, part = 4 * max(step, reduction), "reduction buffers"
     if sum(traced.large.values()) > large:
         return {key: out.get(key, 0) + traced.large.get(key, 0) for key in {*out, *traced.large}}
     return out | {part: large}

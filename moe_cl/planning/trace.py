@@ -55,6 +55,8 @@ class Trace:
     backbone: tuple[int, int] = (0, 0)
     tensors: int = 0
     largest: int = 0  # elements of the largest trained tensor
+    small: int = 0  # trained elements in tensors below LARGE
+    convolutions: bool = False
     queue: int = 0
     buffers: int = 0
     images: int = 0
@@ -242,11 +244,13 @@ def _sizes(method: Method, student: Encoder, teacher: Encoder | None) -> Trace:
         else:
             out.tensors += 1
             out.largest = max(out.largest, p.numel())
+            out.small += p.numel() if 4 * p.numel() < LARGE else 0
             out.dense += 0 if expert else p.numel()
             out.experts += p.numel() if expert else 0
         if name.startswith("backbone."):
             dense, here = dense + (0 if expert else p.numel()), here + (p.numel() if expert else 0)
     out.backbone = dense, here
+    out.convolutions = sum(isinstance(m, nn.Conv2d) for m in student.modules()) > 1  # more than a patch projection
     out.teacher = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
     out.queue = sum(b.numel() * b.element_size() for b in method.buffers())
     networks = [m for m in (student, teacher) if m is not None]

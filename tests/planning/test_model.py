@@ -104,9 +104,10 @@ def test_worst_moment_wins():
 def test_a_cpus_allocator_keeps_small_blocks():
     """Worst moments add up: weights' first blocks, activations, gradients, and what the reduction takes."""
     one = traced(10**6, peak={"activations": 10**8, "gradients": 10})
+    one.small = 6 * 10**5
     one.large = {"activations": 10**5}
     found = memory(settings(), one, Layout(1, 1), Zero(1), False)
-    assert found["weights"] == 8 * 10**6 and found["gradients"] == 4 * 10**6 and found["activations"] == 10**8
+    assert found["weights"] == 6.4e6 and found["gradients"] == 2.4e6 and found["activations"] == 10**8
     assert found["reduction buffers"] == 8 * 10**6
     one.large = {"activations": 10**9}
     found = memory(settings(), one, Layout(1, 1), Zero(1), False)

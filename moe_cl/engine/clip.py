@@ -7,8 +7,6 @@ or stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from moe_cl.config import OptimConfig
 from moe_cl.engine.flat import FlatView, Fragment
 from moe_cl.engine.health import NonFiniteLoss
 from moe_cl.engine.optim import LARS, trust_factor
+from moe_cl.engine.scaler import StepScaler
 
 
 class GradientControl:
@@ -24,12 +23,12 @@ class GradientControl:
     Args:
         view: fragments of the optimizer's parameters.
         optim: ``clip_norm`` (all parameters as one vector) and ``clip_per_tensor`` (EsViT); 0 = off.
-        scale: loss scale that the gradients still carry (fp16), 1 without a scaler. With one, a non-finite gradient is
-            the scaler's business; without, it raises ``NonFiniteLoss`` on every rank together.
+        scaler: whose scale the gradients still carry (fp16), or None. With one, a non-finite gradient makes it skip the
+            step; without, it raises ``NonFiniteLoss``; on every rank together.
     """
 
-    def __init__(self, view: FlatView, optim: OptimConfig, scale: Callable[[], float] | None = None):
-        self.view, self.optim, self.scale = view, optim, scale
+    def __init__(self, view: FlatView, optim: OptimConfig, scaler: StepScaler | None = None):
+        self.view, self.optim, self.scaler = view, optim, scaler
         self.slots: list[str] = []
         first: dict[str, int] = {}
         for name, place in view.places.items():
@@ -46,11 +45,13 @@ class GradientControl:
     def __call__(self) -> dict[str, Tensor]:
         """Raises NonFiniteLoss if a gradient is not finite (without a loss scaler)."""
         parts, grads = self._present()
-        scale = self.scale() if self.scale else 1.0
+        scale = self.scaler.get_scale() if self.scaler else 1.0
         sums = self._sums(parts, grads, scale)
         norms = sums[:, 0].sqrt()
         total = sums[:, 0].sum().sqrt()
-        if self.scale is None and not torch.isfinite(total):
+        if self.scaler is not None:
+            self.scaler.finite = bool(torch.isfinite(total))
+        elif not torch.isfinite(total):
             bad = [slot for slot, norm in zip(self.slots, norms.tolist(), strict=True) if not norm < float("inf")]
             raise NonFiniteLoss(f"the gradient of {', '.join(bad[:3]) or 'all tensors together'} is not finite")
         factors = torch.ones_like(norms)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.health import Agreed
-from moe_cl.engine.scaler import loss_scale
+from moe_cl.engine.scaler import loss_scale, until_finite
 from moe_cl.engine.step import Parts, _agree, finish, objective, teacher_pass, with_keys
 from moe_cl.methods.base import Encoder, StepOutput
 from moe_cl.models.build import Encoded
@@ -39,6 +39,7 @@ def check_backbone(backbone: nn.Module) -> None:
         )
 
 
+@until_finite
 def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Agreed:
     """One optimizer step over this rank's micro-batches as if they were one batch; as ``moe_cl.engine.step.step``."""
     engine, method = parts.engine, parts.method

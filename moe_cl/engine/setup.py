@@ -18,7 +18,7 @@ from moe_cl.engine import checks, large_batch, optim, ranks, schedules
 from moe_cl.engine.checkpoint import start
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
-from moe_cl.engine.scaler import scaler_of
+from moe_cl.engine.scaler import install, scaler_of
 from moe_cl.engine.step import Parts, Student
 from moe_cl.engine.teacher import Teacher
 from moe_cl.losses import groups
@@ -134,6 +134,7 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
         engine, *_ = deepspeed.initialize(
             model=Student(student), optimizer=optim.build(groups, cfg.optim, peak), config=config
         )
+    install(engine)
     if engine.zero_optimization_stage() == 3:
         gather_for_backward(student.backbone)
     teacher = None
@@ -148,7 +149,7 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     else:
         method.bind(student, None)
     broadcast_buffers([student, method, *([teacher_module] if teacher_module is not None else [])], comm)
-    control = GradientControl(FlatView(student, engine.optimizer, comm), cfg.optim, _loss_scale(engine))
+    control = GradientControl(FlatView(student, engine.optimizer, comm), cfg.optim, scaler_of(engine))
     parts = Parts(engine, student, teacher, method, comm, cfg.seed, control)
     return Built(parts, checks.precision_of(config), peak, device)
 
@@ -184,12 +185,6 @@ def gather_for_backward(backbone: nn.Module) -> None:
 
     if own:
         backbone.register_forward_hook(after)
-
-
-def _loss_scale(engine: Any) -> Callable[[], float] | None:
-    """What the reduced gradients are still multiplied by (fp16), or None without a scaler."""
-    scaler = scaler_of(engine)
-    return scaler.get_scale if scaler is not None else None
 
 
 def autocast(device: torch.device, config: dict[str, Any]) -> contextlib.AbstractContextManager:

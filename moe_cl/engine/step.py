@@ -19,6 +19,7 @@ from moe_cl.comm import Comm
 from moe_cl.data.order import digest_parts
 from moe_cl.engine.health import Agreed, agree
 from moe_cl.engine.optim import freeze
+from moe_cl.engine.scaler import optimizer_step, until_finite
 from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method, StepOutput
 from moe_cl.models.build import Encoded
@@ -40,7 +41,8 @@ class Student(nn.Module):
 
 @dataclass
 class Parts:
-    """What a driver drives. ``before_step``: between backward and optimizer (clipping). ``stop``: asked to stop?"""
+    """What a driver drives. ``before_step``: between backward and optimizer (clipping). ``stop``: asked to stop?
+    ``again``: the step is tried anew at a smaller loss scale, the teacher has moved already."""
 
     engine: Any
     student: Encoder
@@ -50,6 +52,7 @@ class Parts:
     seed: int
     before_step: Callable[[], dict[str, Tensor]] = dict
     stop: Callable[[], bool] = bool
+    again: bool = False
 
 
 def with_keys(batch: Batch, seed: int, step: int) -> Batch:
@@ -63,7 +66,7 @@ def teacher_pass(parts: Parts, batch: Batch, momentum: float | None) -> Any:
     """The teacher's features; its EMA first (``before_keys``) if ``momentum`` is given."""
     if parts.teacher is None:
         return None
-    if momentum is not None and parts.method.teacher_update == "before_keys":
+    if momentum is not None and parts.method.teacher_update == "before_keys" and not parts.again:
         with span("ema"):
             parts.teacher.update(momentum)
     with span("encode teacher"), torch.no_grad():
@@ -79,6 +82,7 @@ def objective(parts: Parts, student: Encoded, teacher: Encoded | None, batch: Ba
     return out
 
 
+@until_finite
 def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Agreed:
     """One optimizer step over this rank's micro-batches; returns metrics averaged over ranks and micro-batches.
 
@@ -115,7 +119,7 @@ def finish(parts: Parts, outputs: list[StepOutput], momentum: float, agreed: Agr
         freeze(parts.engine.optimizer, pattern, frozen)
     agreed.metrics.update(parts.before_step())
     with span("optimizer"):
-        parts.engine.step()
+        optimizer_step(parts.engine)
     with span("commit"), torch.no_grad():
         for out in outputs:
             parts.method.commit(out.pending)

@@ -77,6 +77,8 @@ def well_conditioned(*args, **options):
     """The backbone with a cls token of ordinary size: its published start N(0, 1e-6) sits on LayerNorm's eps, where the
     last bit of a gradient becomes the fourth digit of a step, and layouts could not be compared."""
     backbone = from_config(*args, **options)
+    if not hasattr(backbone, "cls_token"):  # Swin
+        return backbone
     with torch.no_grad():
         backbone.cls_token.copy_(torch.linspace(-1, 1, backbone.cls_token.numel()).view_as(backbone.cls_token))
     return backbone

@@ -86,11 +86,8 @@ def test_memory_by_stage(gpu):
     cut = one.dense / 16 + one.experts / 2
     assert plans[1]["optimizer"] == plans[2]["optimizer"] == round(8 * cut)
     if gpu:
-        small = memory(settings(), one, layout, Zero(2, bucket=10**7), True)
-        assert (
-            sum(small.values()) == sum(plans[2].values()) - plans[2]["reduction buffers"] + small["reduction buffers"]
-        )
-        assert sum(small.values()) < sum(plans[0].values())
+        small = sum(memory(settings(), one, layout, Zero(2, bucket=10**7), True).values())
+        assert small < min(sum(plan.values()) for plan in plans)
 
 
 def test_worst_moment_wins():

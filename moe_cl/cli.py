@@ -80,7 +80,7 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     """Everything that can be known to be wrong before ranks meet: settings, batch, data, tools. Raises ConfigError."""
     from moe_cl.data.index import resolve
     from moe_cl.data.loader import Loader
-    from moe_cl.engine import checks, setup
+    from moe_cl.engine import checks, schedules, setup
     from moe_cl.tracking import mlflow
     from moe_cl.views.spec import build_spec
 
@@ -89,14 +89,14 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation) * world)
     mlflow.check(cfg.track)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
-    Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world).close()
-    if cfg.eval.knn_every:
-        for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
-            if not pattern:
-                raise ConfigError(
-                    f"eval.knn_every={cfg.eval.knn_every:g} needs {name}: labelled shards, or set it to 0"
-                )
+    loader = Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world)
+    loader.close()
+    checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, loader.steps_per_epoch))
+    for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
+        if pattern and (cfg.eval.knn_every or not pattern.startswith(("folder:", "torchvision:"))):
             resolve(pattern)
+        elif not pattern and cfg.eval.knn_every:
+            raise ConfigError(f"eval.knn_every={cfg.eval.knn_every:g} needs {name}: labelled shards, or set it to 0")
 
 
 def main_pretrain(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import torch
 from moe_cl import config
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.comm import Comm
-from moe_cl.config import ConfigError, RunConfig
+from moe_cl.config import RunConfig
 from moe_cl.data.ahead import Ahead
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
@@ -48,8 +48,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         per_epoch = loader.steps_per_epoch
         total = schedules.total_steps(cfg.schedule, per_epoch)
         last = store.latest_complete(out)
-        if last is not None:
-            same_run(cfg, out)
         if last is not None and store.step_of(last) >= total:
             if me.rank == 0:
                 print(f"{out}: all {total} steps are done already ({last.name}); nothing to resume")
@@ -123,19 +121,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         for event in checkpoints.drain_events():
             track.event(**event)
     return 0
-
-
-def same_run(cfg: RunConfig, out: Path) -> None:
-    """An out dir holds one run: raises ConfigError if ``cfg`` would start another one there, or continue as another."""
-    if not cfg.resume:
-        raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
-    theirs = config.read_yaml(out / "config.yaml") if (out / "config.yaml").is_file() else {}
-    mine = config.to_tree(cfg)
-    for key in ("method", "seed", "model"):
-        if key in theirs and theirs[key] != mine[key]:
-            raise ConfigError(
-                f"{out} holds a run with another {key} ({theirs[key]}, here {mine[key]}): choose another --out"
-            )
 
 
 def data_lost(ahead: Ahead, comm: Comm, track: Tracking, done: int) -> int:

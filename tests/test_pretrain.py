@@ -12,6 +12,7 @@ import pytest
 
 from moe_cl.tracking.journal import read
 from tests.small import ENV, ROOT, launch, make_shards, settings
+from tests.test_cli import refuse
 
 pytestmark = pytest.mark.processes
 
@@ -179,3 +180,17 @@ def test_profile_writes_named_spans(shards, tmp_path):
     for event in events:
         if event["name"] in wanted:  # all of it inside the step
             assert step["ts"] <= event["ts"] and event["ts"] + event["dur"] <= step["ts"] + step["dur"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "has checkpoints already: add --resume"),
+        (["--resume", "seed=5"], "holds a run with another seed (0, here 5)"),
+        (["--resume", "optim.base_lr=0.5"], "holds a finished run with optim.base_lr="),
+    ],
+)
+def test_an_out_dir_holds_one_run(shards, whole, capsys, more, says):
+    before = (whole / "journal.jsonl").read_bytes()
+    assert says in refuse(capsys, "--check", "1", *settings(shards, whole, "moe.ep_size=1", *more))
+    assert (whole / "journal.jsonl").read_bytes() == before

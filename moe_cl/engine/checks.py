@@ -13,6 +13,11 @@ from typing import Any
 from moe_cl import config as settings
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import ds_keys
+from moe_cl.engine.checkpoint import store
+
+# What a run is, and of it what may differ from start to start.
+SHAPING = ("params", "moe", "optim", "views", "teacher", "batch")
+LAYOUT = ("moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "views.implementation")
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,29 @@ def check_out(out: str) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".moe_cl-", dir=place))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({place}: {error.strerror}); choose another") from None
+
+
+def check_same_run(cfg: RunConfig, total: int) -> None:
+    """An out dir holds one run: ConfigError if ``cfg`` would start another one there, go on as another one, or (when
+    its ``total`` steps are done) would change it without an effect."""
+    out = Path(cfg.out)
+    if (last := store.latest_complete(out)) is None:
+        return
+    if not cfg.resume:
+        raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
+    theirs = settings.read_yaml(out / "config.yaml") if (out / "config.yaml").is_file() else {}
+    mine = settings.to_tree(cfg)
+    for key in ("method", "seed", "model"):
+        if key in theirs and theirs[key] != mine[key]:
+            raise ConfigError(
+                f"{out} holds a run with another {key} ({theirs[key]}, here {mine[key]}): choose another --out"
+            )
+    if store.step_of(last) < total:
+        return
+    before, now = settings.flatten(theirs), settings.flatten(mine)
+    for key, value in now.items():
+        if key.split(".")[0] in SHAPING and key not in LAYOUT and key in before and before[key] != value:
+            raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
 
 
 def check(cfg: RunConfig, world: int) -> BatchIdentity:

@@ -45,7 +45,7 @@ def pixels(ctx: Context) -> Encode:
 
 
 def speed(out: Path) -> dict[str, float]:
-    """``images_per_second`` (median over the journal) and ``seconds`` of training, pauses between lives left out."""
+    """``images_per_second`` (mean over the steps' time) and ``seconds`` of training, pauses between lives left out."""
     try:
         lines = read(out / "journal.jsonl")
     except OSError:
@@ -58,7 +58,7 @@ def speed(out: Path) -> dict[str, float]:
             rates.append(float(line["values"].get("images_per_second", 0.0)))
             seconds += line["time"] - last if last is not None else 0.0
             last = line["time"]
-    return {"images_per_second": statistics.median(rates), "seconds": seconds} if rates else {}
+    return {"images_per_second": statistics.harmonic_mean(rates), "seconds": seconds} if rates else {}
 
 
 def run(ctx: Context) -> dict[str, float]:

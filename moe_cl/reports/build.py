@@ -124,9 +124,10 @@ def headline(run: Run) -> list[tuple[str, str]]:
         tail = y[-max(1, len(y) // 50) :]
         out.append(("loss at the end", f"{np.nanmean(tail):.4f}" if np.isfinite(tail).any() else "not finite"))
     if "images_per_second" in run.series:
-        out.append(("images/s, median", f"{np.median(run.series['images_per_second'].y):,.0f}"))
-    if "data_wait" in run.series:
-        out.append(("time waiting for data", f"{np.median(run.series['data_wait'].y):.1%}"))
+        rates = run.series["images_per_second"].y
+        out.append(("images/s", f"{len(rates) / np.sum(1 / rates):,.0f}"))  # over the time, not over the steps
+        if "data_wait" in run.series and len(run.series["data_wait"].y) == len(rates):
+            out.append(("time waiting for data", f"{np.average(run.series['data_wait'].y, weights=1 / rates):.1%}"))
     out.append(("training time", duration(run.seconds)))
     return out
 

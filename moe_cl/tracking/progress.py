@@ -79,6 +79,7 @@ class Progress:
         self.total, self.start, self.what, self.unit = total, start, what, unit
         self.plain_seconds, self.every, self.enabled = plain_seconds, every, enabled
         self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (share, seconds of the step) of each step
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # (seconds an image, share) for the line
         self._stream = stream or sys.stdout
         self._begin = self._last = time.monotonic()
         self._memory, self._memory_time, self._advised, self._bar = 0.0, 0.0, False, None
@@ -116,6 +117,7 @@ class Progress:
     def _weigh(self, values: Mapping[str, Any]) -> None:
         """One step more for ``images`` and ``waited``: means over the time, not over the steps."""
         if (rate := values.get("images_per_second", 0.0)) > 0:
+            self._recent.append((1 / rate, values.get("data_wait", 0.0)))
             self._count += 1
             self._time += 1 / rate
             self._waiting += values.get("data_wait", 0.0) / rate
@@ -147,6 +149,11 @@ class Progress:
         values, out = dict(self._values), []
         if now - self._memory_time > 10:  # a walk over all processes: not every step
             self._memory, self._memory_time = memory_gib(), now
+        if self._recent and "images_per_second" in values:  # a single step's rate jumps
+            time_taken = sum(t for t, _ in self._recent)
+            values["images_per_second"] = len(self._recent) / time_taken
+            if "data_wait" in values:
+                values["data_wait"] = sum(t * share for t, share in self._recent) / time_taken
         names = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "data wait {:.0%}"}
         for name, form in names.items():
             if name in values:

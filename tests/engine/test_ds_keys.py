@@ -15,7 +15,17 @@ SOURCE = Path(importlib.util.find_spec("deepspeed").origin).parent
 
 
 def test_every_key_is_read_by_the_installed_deepspeed():
-    folders = ("runtime", "comm", "monitor", "profiling", "autotuning", "elasticity", "compression", "inference", "datastates")
+    folders = (
+        "runtime",
+        "comm",
+        "monitor",
+        "profiling",
+        "autotuning",
+        "elasticity",
+        "compression",
+        "inference",
+        "datastates",
+    )
     text = "".join(p.read_text(errors="replace") for f in folders for p in (SOURCE / f).rglob("*.py"))
     named = set(re.findall(r"""["']([a-z_0-9]+)["']""", text))
     assert not ds_keys.TOP - named

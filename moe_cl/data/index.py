@@ -147,7 +147,7 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError):
         raise ConfigError(f"{where}: not valid JSON") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("splits"), dict) or not tree["splits"]:
+    if not isinstance(tree, dict) or not isinstance(tree.get("splits"), dict):
         raise ConfigError(f"{where}: no `splits` in it; was it written by `python -m data_prep shard`?")
     for name, split in tree["splits"].items():
         if not _lists_shards(split):
@@ -174,6 +174,8 @@ def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...
     tree = read_dataset(folder)
     if tree is not None:
         splits = tree["splits"]
+        if not splits:  # the state between `--overwrite` and the new shards
+            raise ConfigError(f"{folder}/{DATASET} names no split; give the `python -m data_prep shard` command again")
         if len(splits) != 1:
             first = "train" if "train" in splits else sorted(splits)[0]
             raise ConfigError(f"{folder} has the splits {', '.join(sorted(splits))}; write {folder}/{first}")
@@ -182,7 +184,8 @@ def _resolve_one(pattern: str) -> tuple[list[Shard], bool | None, tuple[str, ...
     tree = None if not is_remote(folder) and os.path.isdir(folder) else read_dataset(parent or ".")
     if tree is not None:
         if split not in tree["splits"]:
-            raise ConfigError(f"{parent or '.'} has no split {split!r}; it has {', '.join(sorted(tree['splits']))}")
+            there = ", ".join(sorted(tree["splits"])) or "none"
+            raise ConfigError(f"{parent or '.'} has no split {split!r}; it has {there}")
         return _from_split(parent or ".", tree["splits"][split])
     if is_remote(folder):
         raise ConfigError(f"{folder}: no {DATASET} there; give a brace pattern of its tars")

@@ -41,8 +41,8 @@ def no_address_from_outside(monkeypatch):
 
 
 def log(journal, first, last, pause=0.0):
-    """Steps first..last; returns the processor seconds of each logging call (a busy machine adds to a clock's), and holds
-    each to a time in which it cannot have waited for a server."""
+    """Steps first..last; returns the processor seconds of each logging call (a busy machine adds to a clock's) and
+    holds each to a time in which it cannot have waited for a server."""
     seconds = []
     for step in range(first, last + 1):
         values = {f"loss/part{i}": step / (i + 1) for i in range(20)} | {"loss": 1.0 / step, "moe/L1/load": [0.125] * 8}

@@ -78,6 +78,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunCon
 
 def preflight(cfg: config.RunConfig, world: int) -> None:
     """Everything that can be known to be wrong before ranks meet: settings, batch, data, tools. Raises ConfigError."""
+    from moe_cl.data.faults import SourceLost
     from moe_cl.data.index import resolve
     from moe_cl.data.loader import Loader
     from moe_cl.engine import checks, schedules, setup
@@ -89,7 +90,10 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation) * world)
     mlflow.check(cfg.track)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
-    loader = Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world)
+    try:
+        loader = Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world)
+    except SourceLost as error:
+        raise ConfigError(str(error)) from None
     loader.close()
     checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, loader.steps_per_epoch))
     for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):

@@ -17,6 +17,7 @@ from moe_cl.engine.checkpoint import store
 
 # What a run is, and of it what may differ from start to start.
 SHAPING = ("params", "moe", "optim", "views", "teacher", "batch")
+REWRITING = ("bfloat16", "elasticity", "compression_training", "autotuning")  # sections of a DeepSpeed JSON
 LAYOUT = ("moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "views.implementation")
 
 
@@ -132,6 +133,9 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
     stage = section.get("stage", 0)
     if stage == 3 and has_moe(cfg):
         raise ConfigError(f"{name} asks for ZeRO stage 3, which DeepSpeed's MoE does not support: use stage 0, 1 or 2")
+    for kind in REWRITING:
+        if kind in config:
+            raise ConfigError(f"{name} has {kind}, which changes the batch, the network or its precision: remove it")
     for kind in ("bf16", "fp16"):
         if isinstance(config.get(kind), dict) and config[kind].get("enabled"):
             raise ConfigError(
@@ -148,6 +152,8 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
 def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) -> None:
     asked = cfg.engine.precision
     section = config.get("torch_autocast")
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(f"{name}: torch_autocast is a mapping with enabled and dtype")
     if section is None or section.get("enabled") == "auto":
         if asked == "auto":
             asked = "bf16" if not on_cpu or cpu_has_bf16() else "fp32"
@@ -157,7 +163,12 @@ def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) 
             # Empty list = every module: what runs in low precision is torch.autocast's own choice of operations.
             config["torch_autocast"]["lower_precision_safe_modules"] = []
         return
-    said = {"bfloat16": "bf16", "float16": "fp16"}[section.get("dtype", "bfloat16")] if section["enabled"] else "fp32"
+    said = {"bfloat16": "bf16", "float16": "fp16"}.get(section.get("dtype", "bfloat16"))
+    if said is None:
+        raise ConfigError(f"{name}: torch_autocast.dtype {section['dtype']!r} is neither bfloat16 nor float16")
+    if not section.setdefault("enabled", False):  # as in DeepSpeed
+        said = "fp32"
+    section.setdefault("dtype", "bfloat16")
     if asked not in ("auto", said):
         raise ConfigError(f"{name} has torch_autocast {said}, but engine.precision = {asked}; remove one of them")
 
@@ -171,6 +182,8 @@ def precision_of(config: dict[str, Any]) -> str:
 def check_out(out: str) -> None:
     """The run's directory can be made and written to; nothing of it stays. Raises ConfigError."""
     place = Path(out)
+    if not out.strip():
+        raise ConfigError("--out is empty; name a directory")
     if place.exists() and not place.is_dir():
         raise ConfigError(f"--out {out} is a file; name a directory")
     while not place.exists():

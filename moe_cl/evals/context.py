@@ -74,7 +74,10 @@ class Context:
     def device(self) -> torch.device:
         """Where the encoder runs."""
         if self.args.device != "auto":
-            return torch.device(self.args.device)
+            try:
+                return torch.device(self.args.device)
+            except RuntimeError:
+                raise ConfigError(f"--device {self.args.device}: unknown; give auto, cpu or cuda:N") from None
         return getattr(self.comm, "device", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property

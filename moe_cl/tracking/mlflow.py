@@ -53,6 +53,8 @@ def check(track: TrackConfig) -> None:
         raise ConfigError(
             f"track.uri: {redact.text(uri)!r} is no MLflow address; give http(s)://HOST:PORT, sqlite:///FILE or none"
         )
+    if uri.startswith("sqlite:///") and not Path(uri[len("sqlite:///") :]).parent.is_dir():
+        raise ConfigError(f"track.uri: the folder of {uri} does not exist")
 
 
 class Handle:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_cl import config
+from moe_cl import config, spans
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
@@ -24,10 +24,10 @@ from moe_cl.engine.guard import Guard
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
 from moe_cl.evals.record import write_json
-from moe_cl.tracking import environment, trace
+from moe_cl.spans import span
+from moe_cl.tracking import environment
 from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
-from moe_cl.tracking.trace import span
 from moe_cl.views.device import to_device
 from moe_cl.views.spec import Batch, build_spec
 
@@ -152,10 +152,10 @@ def profiling(cfg: RunConfig, number: int, rank: int) -> Iterator[None]:
     """Named spans of the steps ``engine.profile: [from, to]`` as a Chrome trace in the out dir, one file a rank."""
     first, last = cfg.engine.profile or (-1, -1)
     if number == first:
-        trace.start(Path(cfg.out) / f"trace-{rank:05d}.json", rank)
+        spans.start(Path(cfg.out) / f"trace-{rank:05d}.json", rank)
     yield
     if number == last:
-        trace.stop()
+        spans.stop()
 
 
 def tracking(

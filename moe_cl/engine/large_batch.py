@@ -25,7 +25,7 @@ from moe_cl.methods.base import Encoder, StepOutput
 from moe_cl.models.build import Encoded
 from moe_cl.models.norm import BatchNorm
 from moe_cl.moe.router import Routing
-from moe_cl.tracking.trace import span
+from moe_cl.spans import span
 from moe_cl.views.spec import Batch
 
 

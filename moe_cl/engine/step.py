@@ -24,7 +24,7 @@ from moe_cl.engine.teacher import Teacher
 from moe_cl.methods.base import Encoder, Method, StepOutput
 from moe_cl.models.build import Encoded
 from moe_cl.moe import telemetry
-from moe_cl.tracking.trace import span
+from moe_cl.spans import span
 from moe_cl.views.spec import Batch
 
 

@@ -17,7 +17,7 @@ from moe_cl.moe.dispatch import sort_by_expert
 from moe_cl.moe.exchange import route
 from moe_cl.moe.router import Router, Routing, init_seed
 from moe_cl.moe.shazeer import ShazeerRouter
-from moe_cl.tracking.trace import span
+from moe_cl.spans import span
 
 
 class Experts(nn.Module):

@@ -3,7 +3,7 @@
 import json
 import time
 
-from moe_cl.tracking import trace
+from moe_cl import spans as trace
 
 
 def test_spans_nest_in_a_chrome_trace(tmp_path):

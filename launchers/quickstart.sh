@@ -48,7 +48,7 @@ for split in train test; do
 done
 
 run=(--recipe "$recipe" --out "$out" "data.train=$shards/train" "eval.bank=$shards/train" "eval.test=$shards/test" ${pass[@]+"${pass[@]}"})
-python -m moe_cl pretrain --check 2 "${run[@]}"
+python -m moe_cl pretrain --check 2 --resume "${run[@]}"
 
 say "Pretraining: CR-MoE, 2 ranks, experts spread over both"
 deepspeed --quiet --num_accelerators 2 --module moe_cl pretrain --resume "${run[@]}"

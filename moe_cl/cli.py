@@ -67,9 +67,9 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> config.RunCon
 
     given = [("out", args.out), ("data.train", args.data), ("schedule.epochs", args.epochs)]
     given += [("track.uri", args.track_uri), ("track.uri", args.track)]
-    given += [(f"data.{name}", getattr(args, name) or None) for name in map(_name, DATA_OPTIONS)]
+    given += [(f"data.{name}", getattr(args, name)) for name in map(_name, DATA_OPTIONS)]
     for key, value in given:
-        if value is not None:
+        if value is not None and value is not False:  # 0 is a value
             overrides = [*overrides, f"{key}={value}"]
     cfg = config.load(args.recipe, overrides, methods.params_of)
     cfg.resume = cfg.resume or args.resume

@@ -191,6 +191,9 @@ def test_options_of_the_data_are_settings(shards, tmp_path, monkeypatch):
     assert cli.main(["pretrain", *settings(shards, tmp_path / "run", "moe.ep_size=1"), *words]) == 0
     data = seen[0].data
     assert (data.retry_seconds, data.max_bad_fraction, data.max_pixels, data.log_sample_ids) == (7.0, 0.5, 1000, True)
+    zero = ["--retry-seconds", "0", "--max-bad-fraction", "0"]
+    assert cli.main(["pretrain", *settings(shards, tmp_path / "run", "moe.ep_size=1"), *zero]) == 0
+    assert (seen[1].data.retry_seconds, seen[1].data.max_bad_fraction) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,7 @@ def test_only_engine_and_the_layer_name_deepspeed_and_only_they_and_comm_torch_d
     wrong = []
     for path in ROOT.rglob("*.py"):
         place = path.relative_to(ROOT).as_posix()
-        # planning/one_rank.py stands in for the launcher and the network of a simulated run.
-        inside = place.startswith("engine/") or place in ("moe/layer.py", "planning/one_rank.py")
+        inside = place.startswith("engine/") or place == "moe/layer.py"
         for line, module in imports(path):
             if module.split(".")[0] == "deepspeed" and not inside:
                 wrong.append(f"{place}:{line} {module}")

@@ -11,31 +11,15 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_cl import config, methods
-from moe_cl.comm import Comm, DistComm
+from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, RunConfig
-from moe_cl.engine import checks, large_batch, ranks, setup, step
+from moe_cl.engine import checks, fake, large_batch, setup, step
 from moe_cl.planning import model
 from moe_cl.planning.plan import zero_of
 from moe_cl.planning.trace import trace
 from moe_cl.views.spec import Batch, build_spec
-
-
-def join(rank: int, world: int, per_node: int) -> Comm:
-    """Rank ``rank`` of ``world`` without the others."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    local = rank % per_node
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_SIZE=str(per_node))
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    ranks.leave_out_shm_op()
-    with ranks.quiet():
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
-    return DistComm()
 
 
 def batches(cfg: RunConfig, micro: int, parts: int) -> list[Batch]:
@@ -55,7 +39,7 @@ def facts(rank: int, asked: dict[str, Any]) -> dict[str, Any]:
     """Build, step once, and what came of it."""
     cfg = config.from_tree(asked["config"], methods.params_of)
     world = asked["world"]
-    comm = join(rank, world, asked["per_node"])
+    comm = fake.join(rank, world, asked["per_node"])
     batch = checks.batch_identity(cfg, world)
     tree = checks.ds_config(cfg, world, True)
     heard: list[str] = []
@@ -98,12 +82,10 @@ def _experts(student: torch.nn.Module) -> dict[str, Any]:
     layers = [m for m in student.modules() if hasattr(m, "expert_group_name")]
     if not layers:
         return {"expert_group": None}
-    from deepspeed.utils import groups
-
-    name = layers[0].expert_group_name
+    group, copies = fake.expert_groups(layers[0].expert_group_name)
     return {
-        "expert_group": dist.get_process_group_ranks(groups._get_expert_parallel_group(name)),
-        "copies": dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)),
+        "expert_group": group,
+        "copies": copies,
         "first_experts": [layer.experts.first for layer in layers],
         "local_experts": len(layers[0].experts.w1),
     }

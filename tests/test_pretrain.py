@@ -188,6 +188,7 @@ def test_profile_writes_named_spans(shards, tmp_path):
         ([], "has checkpoints already: add --resume"),
         (["--resume", "seed=5"], "holds a run with another seed (0, here 5)"),
         (["--resume", "optim.base_lr=0.5"], "holds a finished run with optim.base_lr="),
+        (["--resume", "schedule.epochs=50"], "a schedule cannot change midway"),
     ],
 )
 def test_an_out_dir_holds_one_run(shards, whole, capsys, more, says):

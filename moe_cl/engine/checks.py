@@ -17,6 +17,7 @@ from moe_cl.engine.checkpoint import store
 
 # What a run is, and of it what may differ from start to start.
 SHAPING = ("params", "moe", "optim", "views", "teacher", "batch")
+STOPS = ("schedule.max_steps", "schedule.stop_epochs")  # where a run ends, not how it gets there
 REWRITING = ("bfloat16", "elasticity", "compression_training", "autotuning")  # sections of a DeepSpeed JSON
 LAYOUT = ("moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "views.implementation")
 
@@ -211,9 +212,15 @@ def check_same_run(cfg: RunConfig, total: int) -> None:
             raise ConfigError(
                 f"{out} holds a run with another {key} ({theirs[key]}, here {mine[key]}): choose another --out"
             )
+    before, now = settings.flatten(theirs), settings.flatten(mine)
+    for key, value in now.items():
+        if key.startswith("schedule.") and key not in STOPS and key in before and before[key] != value:
+            raise ConfigError(
+                f"{out} holds a run with {key}={before[key]}, not {value}: a schedule cannot change midway; "
+                "choose another --out"
+            )
     if store.step_of(last) < total:
         return
-    before, now = settings.flatten(theirs), settings.flatten(mine)
     for key, value in now.items():
         if key.split(".")[0] in SHAPING and key not in LAYOUT and key in before and before[key] != value:
             raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
@@ -231,7 +238,8 @@ def check(cfg: RunConfig, world: int) -> BatchIdentity:
         raise ConfigError(f"engine.profile {profile} takes two steps, the first of them first: [from, to]")
     if cfg.schedule.warmup_epochs > cfg.schedule.epochs:
         raise ConfigError(
-            f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs"
+            f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs; "
+            "make it shorter too"
         )
     if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ConfigError(

@@ -4,7 +4,8 @@ Legend: R rows, k choices a row, M assignments in expert order, E experts, D wid
 
 For expert e and its rows r (Plan order):  h = x_r W1_e' + b1_e,  a = gelu(h),  y = a W2_e' + b2_e,  out_r += p_re y.
 Backward with g = dL/dout_r:  da = g W2_e,  dp_re = <da, a> + <g, b2_e>,  and everything else from p_re g as in any MLP.
-Kept for it: x, h and a, as the dense MLP keeps them; with ``recompute`` x alone. Neither the k copies of x nor y are.
+Kept for it: x, h, a and the weights in the products' type, as autocast keeps them of the dense MLP; with ``recompute``
+x alone. Neither the k copies of x nor y are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ CHUNK = 512  # most rows of one expert at a time: bounds the scratch and keeps i
 # oneDNN compiles a kernel for every shape of a half-precision product it has not seen (0.5 to 1 ms, as much as the
 # product). Routed counts are new in every step, so pieces are filled up with zero rows to a multiple of this.
 MULTIPLE = 8
-aten = torch.ops.aten
+gelu = torch._C._nn.gelu  # what F.gelu is, with ``out=``
+gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
 def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
@@ -42,8 +44,11 @@ def _filled(sizes: list[int], dtype: torch.dtype) -> list[int]:
 
 def _gather(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """``out`` with ``source[rows]`` first and zeros after: (F, D)."""
-    torch.index_select(source, 0, rows, out=out[: len(rows)])
-    out[len(rows) :].zero_()
+    n = len(rows)
+    if n == len(out):
+        return torch.index_select(source, 0, rows, out=out)
+    torch.index_select(source, 0, rows, out=out[:n])
+    out[n:].zero_()
     return out
 
 
@@ -83,21 +88,26 @@ class ExpertMLP(torch.autograd.Function):
                 h_of, a_of = h_all.split(filled), a_all.split(filled)
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
-            stacks = [q.unbind(0) for q in (w1, b1, w2, b2)]
-            pieces = zip(owners, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
-            for (e, first), token, ye, h, a in pieces:
+            v1, v2 = (torch.empty_like(w, dtype=dtype) if keep and w.dtype != dtype else w for w in (w1, w2))
+            stacks = list(zip(*(q.unbind(0) for q in (w1, b1, w2, b2, v1, v2)), strict=True))
+            pieces = zip(owners, filled, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
+            for (e, first), f, token, ye, h, a in pieces:
                 if first:  # cast one expert at a time, so that the copy is used while in cache
-                    u1, c1, u2, c2 = (s[e].to(dtype) for s in stacks)
-                xe = _gather(xc, token, rows[: len(h)])
-                torch.addmm(c1, xe, u1.t(), out=h)
-                aten.gelu.out(h, out=a)
+                    p1, c1, p2, c2, u1, u2 = stacks[e]
+                    if dtype != p1.dtype:
+                        c1, c2 = c1.to(dtype), c2.to(dtype)
+                        u1, u2 = (u1.copy_(p1), u2.copy_(p2)) if keep else (p1.to(dtype), p2.to(dtype))
+                    u1, u2 = u1.t(), u2.t()
+                xe = _gather(xc, token, rows[:f])
+                torch.addmm(c1, xe, u1, out=h)
+                gelu(h, out=a)
                 if dtype == wide:
-                    torch.addmm(c2, a, u2.t(), out=ye)
+                    torch.addmm(c2, a, u2, out=ye)
                 else:
-                    ye.copy_(torch.addmm(c2, a, u2.t(), out=xe)[: len(ye)])
+                    ye.copy_(torch.addmm(c2, a, u2, out=xe)[: len(ye)])
             out = gather_sum(y, plan.inverse, weights)
         if train:
-            saved = (xc, weights, w1, b1, w2, b2, h_all, a_all, ids, plan.token, plan.choice, plan.inverse)
+            saved = (xc, weights, v1, b1, v2, b2, h_all, a_all, ids, plan.token, plan.choice, plan.inverse)
             ctx.save_for_backward(*saved)
             ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled), dtype, x.dtype, keep
         return out
@@ -112,7 +122,7 @@ class ExpertMLP(torch.autograd.Function):
             grad = grad.contiguous()
             gx, gp = grad.new_empty(m + 1, d), grad.new_empty(m + 1)  # last: choices whose expert is elsewhere
             gx[m], gp[m] = 0, 0
-            sums = [torch.empty_like(q) for q in (w1, b1, w2, b2)]
+            sums = [torch.empty_like(q, dtype=b1.dtype) for q in (w1, b1, w2, b2)]
             gw1, gb1, gw2, gb2 = parts = [s.unbind(0) for s in sums]
             for e in set(range(len(w1))).difference(e for e, _ in owners):
                 for part in parts:
@@ -130,13 +140,13 @@ class ExpertMLP(torch.autograd.Function):
                 xf, gf = _gather(x, rows, xe[:f]), _gather(low, rows, ge[:f])
                 if not keep:
                     torch.addmm(c1, xf, u1.t(), out=h)
-                    a = aten.gelu.out(h, out=a_one[:f])
+                    a = gelu(h, out=a_one[:f])
                 daf = torch.mm(gf, u2, out=da[:f])
                 torch.sum(torch.mul(daf[:n], a[:n], out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
                 gf[:n].mul_(pe)
                 daf[:n].mul_(pe)
                 _weight_grad(gw2[e], gb2[e], gf, a, first)
-                gh = aten.gelu_backward.grad_input(daf, h, grad_input=spare[:f])
+                gh = gelu_backward(daf, h, grad_input=spare[:f])
                 _weight_grad(gw1[e], gb1[e], gh, xf, first)
                 if dtype == grad.dtype:
                     torch.mm(gh, u1, out=gxe)

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+from moe_cl.evals.sweep import per_class
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
@@ -83,14 +84,20 @@ def few_shot(
     methods: Sequence[str] = METHODS,
     penalty: float = 1.0,
     comm: Comm | None = None,
+    name: str = "accuracy",
 ) -> dict[str, list[float]]:
-    """Test accuracies ``"4-shot/ridge": [one a seed]``; draws are dealt over ranks. ``penalty``: logistic's lambda."""
+    """Test accuracies ``"4-shot/ridge": [one a seed]``; draws are dealt over ranks.
+
+    Args:
+        penalty: logistic's lambda. name: the set's metric (``metrics``); with ``per_class`` the mean over the test
+            classes is given beside the accuracies, ``"4-shot/ridge/per_class"``.
+    """
     from moe_cl.evals.logistic import fit
 
     comm = comm or LocalComm()
     classes = int(max(train_y.max(), test_y.max())) + 1
     jobs = [(n, m, s) for n in shots for m in methods for s in range(seeds)]
-    right = torch.zeros(len(jobs), dtype=torch.float64, device=train_x.device)
+    right = torch.zeros(len(jobs), 2, dtype=torch.float64, device=train_x.device)
     for j in range(comm.rank, len(jobs), comm.world):
         n, method, seed = jobs[j]
         index = draw(train_y, n, seed).to(train_x.device)
@@ -100,11 +107,15 @@ def few_shot(
         else:
             model = fit(x.double().cpu().numpy(), y.cpu().numpy(), penalty)
             scores = torch.from_numpy(model(test_x.double().cpu().numpy())).to(test_y.device)
-        right[j] = (scores.argmax(1) == test_y).double().mean()
+        answers = scores.argmax(1)
+        right[j, 0] = (answers == test_y).double().mean()
+        right[j, 1] = per_class(answers, test_y)
     found = comm.all_reduce(right).tolist()
     out: dict[str, list[float]] = {}
-    for (n, method, _), value in zip(jobs, found, strict=True):
-        out.setdefault(f"{n}-shot/{method}", []).append(value)
+    for (n, method, _), (accuracy, by_class) in zip(jobs, found, strict=True):
+        out.setdefault(f"{n}-shot/{method}", []).append(accuracy)
+        if name == "per_class":
+            out.setdefault(f"{n}-shot/{method}/{name}", []).append(by_class)
     return out
 
 
@@ -122,21 +133,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(ctx: Context) -> dict[str, Any]:
     """Table and JSON of ``eval fewshot``."""
     from moe_cl.evals.record import record
+    from moe_cl.evals.sets import metric_of
 
-    args = ctx.args
+    args, name = ctx.args, metric_of(ctx.source(False))
     ctx.one_label()
     with ctx.untouched():
         train, test = ctx.features(True), ctx.features(False)
     found = few_shot(
-        *train, *test, shots=args.shots, seeds=args.seeds, methods=args.methods, penalty=args.penalty, comm=ctx.comm
-    )
+        *train, *test, shots=args.shots, seeds=args.seeds, methods=args.methods, penalty=args.penalty, comm=ctx.comm,
+        name=name,
+    )  # fmt: skip
     values, rows = {}, []
-    for name, accuracies in found.items():
+    for protocol, accuracies in found.items():
         mean, half = interval(accuracies)
-        values |= {name: mean} | ({f"{name}/interval": half} if len(accuracies) > 1 else {})
-        rows.append([name, mean, f"+- {half:.4f}", len(accuracies)])
+        values |= {protocol: mean} | ({f"{protocol}/interval": half} if len(accuracies) > 1 else {})
+        shots, method, *metric = protocol.split("/")
+        rows.append([f"{shots}/{method}", *(metric or ["top-1"]), mean, f"+- {half:.4f}", len(accuracies)])
     if ctx.comm.rank == 0:
         setting = ctx.setting("train", "test")
-        columns = ("protocol", "top-1", "95 %", "draws")
+        columns = ("protocol", "metric", "mean", "95 %", "draws")
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more={"draws": found})
     return values

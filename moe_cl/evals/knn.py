@@ -62,6 +62,7 @@ def knn(
     temperature: float = 0.07,
     chunk: int = 1024,
     comm: Comm | None = None,
+    name: str = "accuracy",
 ) -> dict[str, float]:
     """Accuracy of kNN by cosine similarity.
 
@@ -69,9 +70,11 @@ def knn(
         bank, test: features (N, D), (n, D), normalised here. bank_labels, test_labels: (N,), (n,) in [0, classes).
         k: one number, or several at the cost of the largest. temperature: of the votes.
         chunk: test rows at a time. comm: ranks that share the test rows (each holds both sets whole).
+        name: the set's metric (``metrics``); ``per_class`` is given beside the others.
 
     Returns:
-        ``top1`` and ``top5`` in [0, 1]; with several k ``k20/top1`` and so on.
+        ``top1`` and ``top5`` in [0, 1]; with several k ``k20/top1`` and so on. For a set measured per class also
+        ``per_class``: the mean over the test set's classes of each one's top-1.
     """
     comm = comm or LocalComm()
     several = [k] if isinstance(k, int) else sorted(k)
@@ -79,23 +82,24 @@ def knn(
         raise ConfigError("kNN needs a bank and a test set with at least one image each")
     bank = F.normalize(bank.float() if bank.dtype != torch.float64 else bank, dim=1)
     bank_labels, labels = bank_labels.to(bank.device), test_labels.to(bank.device)
-    counts = torch.zeros(len(several), 2, dtype=torch.float64, device=bank.device)
+    # Right answers by k, by top 1 and 5, by class: sums over ranks give every metric, whoever had which rows.
+    counts = torch.zeros(len(several), 2, classes, dtype=torch.float64, device=bank.device)
     for start in range(comm.rank * chunk, len(test), comm.world * chunk):
         rows = F.normalize(test[start : start + chunk].to(bank.device, bank.dtype), dim=1)
         similarity, index = neighbours(bank, rows, several[-1])
-        near = bank_labels[index]
+        near, truth = bank_labels[index], labels[start : start + chunk]
         for i, count in enumerate(several):
             scores = vote(similarity[:, :count], near[:, :count], classes, temperature)
             for j, top in enumerate((1, 5)):
-                counts[i, j] += hits(scores, labels[start : start + chunk], top).sum()
-    share = (comm.all_reduce(counts) / len(test)).tolist()
+                counts[i, j] += truth[hits(scores, truth, top)].bincount(minlength=classes)
+    right = comm.all_reduce(counts)
+    share = dict(zip(("top1", "top5"), (right.sum(2) / len(test)).unbind(1), strict=True))
+    if name == "per_class":
+        of_class = labels.bincount(minlength=classes)
+        share[name] = (right[:, 0] / of_class)[:, of_class > 0].mean(1)
     if isinstance(k, int):
-        return dict(zip(("top1", "top5"), share[0], strict=True))
-    return {
-        f"k{c}/{n}": v
-        for c, row in zip(several, share, strict=True)
-        for n, v in zip(("top1", "top5"), row, strict=True)
-    }
+        return {figure: float(values[0]) for figure, values in share.items()}
+    return {f"k{c}/{figure}": float(values[i]) for i, c in enumerate(several) for figure, values in share.items()}
 
 
 HELP = "weighted kNN on frozen features"
@@ -111,15 +115,18 @@ def run(ctx: Context) -> dict[str, float]:
     """Table and JSON of ``eval knn``."""
     from moe_cl.evals.context import class_count
     from moe_cl.evals.record import record
+    from moe_cl.evals.sets import metric_of
 
     ctx.one_label()
     ks = ctx.args.k or [10, 20, 100, 200]
     temperature = ctx.args.temperature or ctx.cfg.eval.temperature
     with ctx.untouched():
         bank, test = ctx.features(True), ctx.features(False)
-    values = knn(*bank, *test, class_count(bank[1], test[1]), ks, temperature, comm=ctx.comm)
+    classes, name = class_count(bank[1], test[1]), metric_of(ctx.source(False))
+    values = knn(*bank, *test, classes, ks, temperature, comm=ctx.comm, name=name)
     if ctx.comm.rank == 0:
-        rows = [[k, values[f"k{k}/top1"], values[f"k{k}/top5"]] for k in sorted(ks)]
+        shown = {"top1": "top-1", "top5": "top-5"} | ({name: name} if name == "per_class" else {})
+        rows = [[k, *(values[f"k{k}/{figure}"] for figure in shown)] for k in sorted(ks)]
         setting = ctx.setting("train", "test", k=ks, temperature=temperature)
-        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("k", "top-1", "top-5"), rows=rows)
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("k", *shown.values()), rows=rows)
     return values

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from moe_cl.config import ConfigError
 from moe_cl.evals.features import changed, encoder, extract, fingerprint, frozen
 from moe_cl.evals.knn import knn, neighbours, vote
 from moe_cl.evals.linear import PROTOCOLS, Protocol, Sweep, linear_probe, split, train_sweep
+from moe_cl.evals.metrics import metric
 from moe_cl.models.build import build_backbone
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "esvit_knn.npz")
@@ -70,9 +72,15 @@ def test_knn_does_not_depend_on_ranks_chunks_or_blocks(world, n, chunk, classes,
     g = torch.Generator().manual_seed(seed)
     bank, test = torch.randn(50, 4, generator=g).double(), torch.randn(n, 4, generator=g).double()
     yb, yt = (torch.randint(classes, (m,), generator=g) for m in (50, n))
-    want = knn(bank, yb, test, yt, classes, k=60)  # more neighbours than bank rows
-    for got in SimComm.run(world, lambda c: knn(bank, yb, test, yt, classes, k=60, chunk=chunk, comm=c)):
+    want = knn(bank, yb, test, yt, classes, k=60, name="per_class")  # more neighbours than bank rows
+    for got in SimComm.run(
+        world, lambda c: knn(bank, yb, test, yt, classes, k=60, chunk=chunk, comm=c, name="per_class")
+    ):
         assert got == pytest.approx(want)
+    near = neighbours(F.normalize(bank, dim=1), F.normalize(test, dim=1), 60)
+    scores = vote(near[0], yb[near[1]], classes, 0.07).numpy()
+    for figure, name in (("top1", "accuracy"), ("per_class", "per_class")):
+        assert want[figure] == pytest.approx(metric(name, scores, yt.numpy()))
     value, index = neighbours(bank, test, 5, block=7)
     full = (test @ bank.T).topk(5, 1)
     assert torch.equal(index, full.indices) and torch.allclose(value, full.values)
@@ -95,6 +103,28 @@ def test_separable_classes_are_found():
     assert published["top1"] > 0.99 and "test" in published["selection"]
     random = linear_probe(torch.randn(600, 8), y, torch.randn(600, 8), ty, 4, epochs=5)
     assert random["top1"] < 0.4
+
+
+def lopsided():
+    """30 test images of class 0, 10 of class 1, 10 of class 2 that look like class 0: top-1 is .8, per class 2/3."""
+    means = 3.0 * torch.eye(4)
+    y = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)
+    ty = torch.tensor([0] * 30 + [1] * 10 + [2] * 10)
+    noise = 0.1 * torch.randn(len(y) + len(ty), 4, generator=torch.Generator().manual_seed(0))
+    return means[y] + noise[: len(y)], y, means[ty * (ty != 2)] + noise[len(y) :], ty
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_small_classes_count_as_much_as_large_ones(world):
+    def one(comm):
+        figures = knn(*lopsided(), 4, k=[3, 5], chunk=7, comm=comm, name="per_class")  # no test image of class 3
+        return figures, linear_probe(*lopsided(), 4, epochs=30, comm=comm, name="per_class")
+
+    for figures, probe in SimComm.run(world, one):
+        assert set(figures) == {f"k{k}/{n}" for k in (3, 5) for n in ("top1", "top5", "per_class")}
+        assert figures["k5/top1"] == pytest.approx(0.8) and figures["k5/per_class"] == pytest.approx(2 / 3)
+        assert probe["top1"] == pytest.approx(0.8) and probe["per_class"] == pytest.approx(2 / 3)
+    assert "per_class" not in knn(*lopsided(), 4, k=3)
 
 
 def test_a_sweep_is_torchs_sgd_on_every_head():

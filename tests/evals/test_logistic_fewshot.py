@@ -17,7 +17,7 @@ from moe_cl.evals.fewshot import draw, few_shot, interval, ridge
 from moe_cl.evals.logistic import GRID, fit, logistic, search
 from moe_cl.evals.metrics import average_precision_11, map11, metric, per_class
 from tests.evals.run_dir import make_images, make_run
-from tests.evals.test_knn_linear import planted
+from tests.evals.test_knn_linear import lopsided, planted
 
 
 @given(st.integers(0, 96))
@@ -123,6 +123,13 @@ def test_few_shot_learns_and_does_not_depend_on_ranks():
         assert got == want
     with pytest.raises(ConfigError, match="500 shots"):
         few_shot(x, y, tx, ty, shots=(500,))
+
+
+def test_few_shot_counts_small_classes_as_much_as_large_ones():
+    for got in SimComm.run(2, lambda c: few_shot(*lopsided(), shots=(5,), seeds=2, comm=c, name="per_class")):
+        for method in ("ridge", "logistic"):
+            assert got[f"5-shot/{method}"] == pytest.approx([0.8, 0.8])
+            assert got[f"5-shot/{method}/per_class"] == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_interval():

@@ -6,7 +6,8 @@ A data sheet gives peaks; what a training step reaches of them is assumed here, 
   transformers at 44 to 52 % of an A100's peak, everything included; Dao 2023 (arXiv:2307.08691) counts 50 to 73 % for
   fused attention at long sequences on it, so ``batched`` products and attention of short ones get 0.35.
 - memory: 0.8 of the bandwidth (large copies reach about 0.9, small and strided operations less).
-- links: 0.7 of one direction (NCCL's tests on NVLink reach 0.7 to 0.8 of it), network: 0.8 of the line rate.
+- links: 0.7 of one direction (a copy between two H100 reaches 380 of its 450 GB/s, NVIDIA/nccl issue 1264;
+  collectives reach less), network: 0.8 of the line rate, 400 Gbit/s a node unless ``--network`` says otherwise.
 - 5 us for an operation whose work is less (launch), 20 us for a collective, once a doubling of the ranks.
 
 They are assumptions: measure the cluster's own device with ``plan --calibrate`` and plan with that file.
@@ -54,42 +55,60 @@ class Hardware:
 
 
 def _sheet(
-    name: str, gib: float, low: float, full: float, memory: float, link: float, source: str,
+    name: str, source: str, *,
+    memory: float, tensor: float, fp32: float, tf32: float | None, stream: float, link: float,
     types: tuple[str, ...] = ("bf16", "fp16"),
 ) -> Hardware:  # fmt: skip
-    """From a data sheet: dense TFLOPS, GB/s of the memory, GB/s of a link in one direction."""
+    """A card from its data sheet.
 
-    def rates(peak: float) -> dict[str, float]:
-        shares = {"matmul": PRODUCT, "conv": PRODUCT, "batched": ATTENTION, "attention": ATTENTION}
-        return {kind: share * peak * 1e12 for kind, share in shares.items()}
+    Args:
+        source: the sheet and the variant of the card.
+        memory: GB of 10^9 bytes. Drivers report a little more, so a plan errs to the safe side.
+        tensor: dense TFLOPS of 16-bit matrix products with sums in fp32. fp32: TFLOPS of the ordinary cores.
+        tf32: dense TFLOPS of TF32 (None: the card has none). torch uses it for convolutions in fp32
+            (``torch.backends.cudnn.allow_tf32`` is on) and not for matrix products.
+        stream: GB/s of the memory. link: GB/s to the other cards of the node, all links of a card, one direction.
+        types: 16-bit types of its products.
+    """
+
+    def rates(product: float, conv: float) -> dict[str, float]:
+        shares = {"matmul": PRODUCT * product, "conv": PRODUCT * conv}
+        shares |= {kind: ATTENTION * product for kind in ("batched", "attention")}
+        return {kind: share * 1e12 for kind, share in shares.items()}
 
     return Hardware(
-        name, gib * 1e9, rates(low), rates(full), STREAM * memory * 1e9, LINK * link * 1e9,
-        LINE * 400e9 / 8, types=list(types), source=source,
+        name, memory * 1e9, rates(tensor, tensor), rates(fp32, tf32 or fp32), STREAM * stream * 1e9,
+        LINK * link * 1e9, LINE * 400e9 / 8, types=list(types), source=source,
     )  # fmt: skip
 
 
-# Dense figures (half of what a sheet gives "with sparsity"). NVLink is quoted for both directions together: half of it
-# stands here. fp32 is the ordinary cores' rate: torch leaves TF32 off for matrix products.
+# What the sheets print. "/ 2" undoes their way of counting: tensor figures of Hopper are printed "with sparsity", twice
+# the dense ones (on the sheets of A100, A10 and L40S both stand, the V100 has no sparsity), and NVLink and PCIe are
+# printed for both directions together.
+_V100 = {"tensor": 125, "fp32": 15.7, "tf32": None, "stream": 900, "link": 300 / 2, "types": ("fp16",)}
+_A100 = {"tensor": 312, "fp32": 19.5, "tf32": 156, "link": 600 / 2}
+_HOPPER = {"tensor": 1979 / 2, "fp32": 67, "tf32": 989 / 2, "link": 900 / 2}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # 125 TFLOPS tensor (fp16 alone), 15.7 TFLOPS fp32, 900 GB/s, NVLink 300 GB/s
-        _sheet("V100-16G", 16, 125, 15.7, 900, 150, "NVIDIA V100 data sheet, SXM2", ("fp16",)),
-        _sheet("V100-32G", 32, 125, 15.7, 900, 150, "NVIDIA V100 data sheet, SXM2", ("fp16",)),
-        # 312 TFLOPS bf16 and fp16, 19.5 TFLOPS fp32, 1,555 and 2,039 GB/s, NVLink 600 GB/s
-        _sheet("A100-40G", 40, 312, 19.5, 1555, 300, "NVIDIA A100 data sheet, SXM4"),
-        _sheet("A100-80G", 80, 312, 19.5, 2039, 300, "NVIDIA A100 data sheet, SXM4"),
-        # 1,979 TFLOPS bf16 with sparsity, 67 TFLOPS fp32, 3.35 TB/s, NVLink 900 GB/s
-        _sheet("H100-80G", 80, 989.5, 67, 3350, 450, "NVIDIA H100 data sheet, SXM5"),
-        # as the H100, with 141 GB at 4.8 TB/s
-        _sheet("H200-141G", 141, 989.5, 67, 4800, 450, "NVIDIA H200 data sheet, SXM"),
-        # 362 TFLOPS bf16, 91.6 TFLOPS fp32, 864 GB/s, PCIe gen 4 x16: 64 GB/s both directions together
-        _sheet("L40S-48G", 48, 362, 91.6, 864, 32, "NVIDIA L40S data sheet"),
-        # 125 TFLOPS bf16, 31.2 TFLOPS fp32, 600 GB/s, PCIe gen 4 x16
-        _sheet("A10-24G", 24, 125, 31.2, 600, 32, "NVIDIA A10 data sheet"),
+        # SXM2 (the PCIe card: 112 and 14 TFLOPS, no NVLink). Six NVLinks of 25 GB/s a direction; of eight cards in a
+        # node no two have more than two of them between them.
+        _sheet("V100-16G", "NVIDIA V100 data sheet, V100 SXM2", memory=16, **_V100),
+        _sheet("V100-32G", "NVIDIA V100 data sheet, V100 SXM2", memory=32, **_V100),
+        # SXM4 (the PCIe cards: 1,555 and 1,935 GB/s, NVLink between pairs only)
+        _sheet("A100-40G", "NVIDIA A100 data sheet, A100 40GB SXM", memory=40, stream=1555, **_A100),
+        _sheet("A100-80G", "NVIDIA A100 data sheet, A100 80GB SXM", memory=80, stream=2039, **_A100),
+        # SXM5 (H100 PCIe: 1,513 TFLOPS with sparsity, 2 TB/s)
+        _sheet("H100-80G", "NVIDIA H100 data sheet, H100 SXM", memory=80, stream=3350, **_HOPPER),
+        # SXM; the same chip as the H100 with more and faster memory
+        _sheet("H200-141G", "NVIDIA H200 data sheet, H200 SXM", memory=141, stream=4800, **_HOPPER),
+        # PCIe gen 4 x16 and no NVLink: all cards of a node share their host's lanes
+        _sheet("L40S-48G", "NVIDIA L40S data sheet", memory=48, tensor=362.05, fp32=91.6, tf32=183, stream=864,
+               link=64 / 2),
+        _sheet("A10-24G", "NVIDIA A10 data sheet", memory=24, tensor=125, fp32=31.2, tf32=62.5, stream=600,
+               link=64 / 2),
     )
-}
+}  # fmt: skip
 _SHORT = {name.split("-")[0]: name for name in GPUS}
 
 

@@ -17,6 +17,39 @@ def test_names():
         assert "data sheet" in gpu.source and gpu.low["matmul"] > gpu.full["matmul"] and gpu.stream < 4e12
 
 
+@pytest.mark.parametrize(
+    ("name", "sms", "per_clock", "ghz", "bits", "gbit"),
+    [
+        # multiprocessors, 16-bit multiply-adds of each a clock without sparsity, boost clock, memory bus and its rate
+        ("V100-32G", 80, 512, 1.530, 4096, 1.752),
+        ("A100-40G", 108, 1024, 1.410, 5120, 2.43),
+        ("A100-80G", 108, 1024, 1.410, 5120, 3.186),
+        ("H100-80G", 132, 2048, 1.830, 5120, 5.235),
+        ("H200-141G", 132, 2048, 1.830, 6144, 6.25),
+        ("L40S-48G", 142, 512, 2.490, 384, 18.0),
+        ("A10-24G", 72, 512, 1.695, 384, 12.5),
+    ],
+)
+def test_peaks_are_those_of_the_chip_and_dense(name, sms, per_clock, ghz, bits, gbit):
+    """The sheets' figures follow from the chips: a peak with sparsity, or one of another variant, would be far off."""
+    gpu = hardware.find(name)
+    assert gpu.low["matmul"] / hardware.PRODUCT == pytest.approx(2 * sms * per_clock * ghz * 1e9, rel=0.02)
+    assert gpu.stream / hardware.STREAM == pytest.approx(bits / 8 * gbit * 1e9, rel=0.02)
+
+
+def test_a_link_counts_in_one_direction():
+    """NVLinks of a card x GB/s a direction; 16 lanes of PCIe gen 4 at 16 GT/s."""
+    links = {"V100-16G": 6 * 25, "A100-80G": 12 * 25, "H100-80G": 18 * 25, "H200-141G": 18 * 25}
+    for name, speed in {**links, "L40S-48G": 16 * 16 / 8, "A10-24G": 16 * 16 / 8}.items():
+        assert hardware.find(name).link / hardware.LINK == pytest.approx(speed * 1e9)
+
+
+def test_convolutions_in_fp32_run_as_tf32_where_the_card_has_it():
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    for gpu in hardware.GPUS.values():
+        assert (gpu.full["conv"] > gpu.full["matmul"]) == ("bf16" in gpu.types)
+
+
 def test_measured(tmp_path):
     threads = torch.get_num_threads()
     found = calibrate.measure(0.01, links=False)

@@ -86,6 +86,8 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     from moe_cl.views.spec import build_spec
 
     checks.check_out(cfg.out)
+    if cfg.data.cache_dir:
+        checks.check_folder("data.cache_dir", cfg.data.cache_dir)
     batch = checks.check(cfg, world)
     setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation) * world)
     mlflow.check(cfg.track)
@@ -98,7 +100,11 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, loader.steps_per_epoch))
     for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
         if pattern and (cfg.eval.knn_every or not pattern.startswith(("folder:", "torchvision:"))):
-            resolve(pattern)
+            images = len(resolve(pattern))
+            if name == "eval.bank" and cfg.eval.k > images:
+                raise ConfigError(
+                    f"eval.k {cfg.eval.k} is more than the {images} images of eval.bank {pattern}; lower it"
+                )
         elif not pattern and cfg.eval.knn_every:
             raise ConfigError(f"eval.knn_every={cfg.eval.knn_every:g} needs {name}: labelled shards, or set it to 0")
 

@@ -69,6 +69,9 @@ def refuse(capsys, *argv):
         ("eval.knn_every=1", "needs eval.bank"),
         ("track.uri=ftp://x", "is no MLflow address"),
         ("batch.global_batch=512", "less than one global batch of 512"),
+        ("data.streams=97", "data.streams 97 is more than the 96 samples of"),
+        ("data.cache_dir=/proc/x", "data.cache_dir /proc/x cannot be written (/proc:"),
+        ("data.cache_dir=README.md", "data.cache_dir README.md is a file; name a directory"),
         ("batch.exact_large_batch=true & model.backbone=resnet18 & method=mocov3 & model.options={} & moe.blocks=none "
          "& moe.ep_size=1", "needs a backbone without batch norm"),
     ],
@@ -92,6 +95,21 @@ def test_an_out_dir_that_cannot_be(shards, tmp_path, capsys, place, says):
     assert says in refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run"), "--out", place)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["out="], "--out is empty; name a directory"),
+        (["--out", ""], "--out is empty; name a directory"),
+        (["--out="], "--out is empty; name a directory"),
+        (["out=null"], "out: expected str, found None"),
+    ],
+)
+def test_an_empty_out_dir(shards, tmp_path, capsys, words, says):
+    _, _, _, _, *rest = given = settings(shards, tmp_path / "run")
+    assert given[2] == "--out"
+    assert says in refuse(capsys, "--check", "2", *given[:2], *rest, *words)
+
+
 def test_empty_folder(tmp_path, capsys):
     assert "has neither dataset.json nor a .tar" in refuse(
         capsys, "--check", "2", *settings(tmp_path, tmp_path / "run")
@@ -113,14 +131,43 @@ def test_zero_3_with_experts(shards, tmp_path, capsys):
         ('{"zero_optimization": {"stage": "one"}}', "zero_optimization.stage: "),
         ('{"zero_optimization": {"reduce_bucket_size": -5}}', "zero_optimization.reduce_bucket_size: "),
         ('{"torch_autocast": {"enabled": false, "dtyp": "bfloat16"}}', "torch_autocast.dtyp; did you mean dtype?"),
+        ('{"torch_autocast": {"dtype": "bfloat16"}}', 'torch_autocast.enabled is true, false or "auto", found none;'),
+        ('{"torch_autocast": {"enabled": "yes"}}', "found 'yes'; write it, or remove the section"),
+        ('{"steps_per_print": "often"}', "steps_per_print is a whole number of steps from 1, or null, found 'often'"),
+        ('{"steps_per_print": 0}', "from 1, or null, found 0"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+         "zero_optimization.offload_optimizer is not supported"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}',
+         "zero_optimization.offload_param is not supported"),
+        ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', "zero_optimization.cpu_offload is not supported"),
         ("[1]", "is a mapping"),
     ],
-)
+)  # fmt: skip
 def test_deepspeed_json_is_held_against_deepspeed(shards, tmp_path, capsys, text, says):
     path = tmp_path / "ds.json"
     path.write_text(text)
     err = refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run", f"engine.ds_config={path}"))
     assert says in err and str(path) in err
+
+
+def test_a_deepspeed_json_may_say_that_nothing_is_offloaded(shards, tmp_path):
+    path = tmp_path / "ds.json"
+    offload = {"offload_optimizer": {"device": "none"}, "offload_param": None}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, **offload}, "steps_per_print": None}))
+    given = settings(shards, tmp_path / "run", f"engine.ds_config={path}")
+    assert cli.main(["pretrain", "--check", "2", *given]) == 0
+
+
+def test_more_neighbours_than_the_bank_has_images(shards, tmp_path, capsys):
+    given = settings(shards, tmp_path / "run", f"eval.bank={shards}", f"eval.test={shards}", "eval.knn_every=1")
+    err = refuse(capsys, "--check", "2", *given, "eval.k=97")
+    assert f"eval.k 97 is more than the 96 images of eval.bank {shards}; lower it" in err
+    assert cli.main(["pretrain", "--check", "2", *given, "eval.k=96"]) == 0
+
+
+def test_a_cache_dir_is_not_made_by_the_check(shards, tmp_path):
+    given = settings(shards, tmp_path / "run", f"data.cache_dir={tmp_path}/cache/remote", "data.workers=0")
+    assert cli.main(["pretrain", "--check", "2", *given]) == 0 and not (tmp_path / "cache").exists()
 
 
 def test_recipe_files_that_are_none(tmp_path, capsys):

@@ -62,6 +62,10 @@ class Loader:
         self.dataset: Dataset = patiently(lambda: resolve(cfg.train), cfg.train, patience)
         self._make_order(seed)
         self.steps_per_epoch = self.order.length // global_batch
+        if cfg.streams > self.order.total:
+            raise ConfigError(
+                f"data.streams {cfg.streams} is more than the {self.order.total} samples of {cfg.train}; lower it"
+            )
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"{cfg.train}: {self.order.total} samples in {cfg.streams} streams give {self.order.length} positions "

@@ -167,7 +167,7 @@ def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) 
     said = {"bfloat16": "bf16", "float16": "fp16"}.get(section.get("dtype", "bfloat16"))
     if said is None:
         raise ConfigError(f"{name}: torch_autocast.dtype {section['dtype']!r} is neither bfloat16 nor float16")
-    if not section.setdefault("enabled", False):  # as in DeepSpeed
+    if not section["enabled"]:
         said = "fp32"
     section.setdefault("dtype", "bfloat16")
     if asked not in ("auto", said):
@@ -182,19 +182,24 @@ def precision_of(config: dict[str, Any]) -> str:
 
 def check_out(out: str) -> None:
     """The run's directory can be made and written to; nothing of it stays. Raises ConfigError."""
-    place = Path(out)
     if not out.strip():
         raise ConfigError("--out is empty; name a directory")
+    check_folder("--out", out)
+
+
+def check_folder(option: str, folder: str) -> None:
+    """``folder`` can be made and written to; nothing of it stays. Raises ConfigError that names ``option``."""
+    place = Path(folder)
     if place.exists() and not place.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a directory")
+        raise ConfigError(f"{option} {folder} is a file; name a directory")
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"--out {out} cannot be written ({place}: it is a file); choose another")
+        raise ConfigError(f"{option} {folder} cannot be written ({place}: it is a file); choose another")
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".moe_cl-", dir=place))
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({place}: {error.strerror}); choose another") from None
+        raise ConfigError(f"{option} {folder} cannot be written ({place}: {error.strerror}); choose another") from None
 
 
 def check_same_run(cfg: RunConfig, total: int) -> None:

@@ -23,6 +23,8 @@ TOP = frozenset(
     "timers tensor_parallel expert_parallel elasticity compression_training".split()
 )
 AUTOCAST = frozenset({"enabled", "dtype", "lower_precision_safe_modules"})
+# DeepSpeed offloads to its own CPU Adam and refuses other optimizers; those here are the recipes' (engine/optim.py).
+OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 
 def check(config: Mapping[str, Any], name: str) -> None:
@@ -39,8 +41,25 @@ def check(config: Mapping[str, Any], name: str) -> None:
                 raise ConfigError(
                     f"{name}: DeepSpeed knows no key torch_autocast.{key}{nearest(key, sorted(AUTOCAST))}"
                 )
+        if autocast.get("enabled") not in (True, False, "auto"):  # left out, DeepSpeed would take it for false
+            found = repr(autocast["enabled"]) if "enabled" in autocast else "none"
+            raise ConfigError(
+                f'{name}: torch_autocast.enabled is true, false or "auto", found {found}; write it, or remove the '
+                "section and set engine.precision"
+            )
         if autocast.get("dtype", "bfloat16") not in ("bfloat16", "float16"):
             raise ConfigError(f"{name}: torch_autocast.dtype is bfloat16 or float16, found {autocast['dtype']!r}")
+    steps = config.get("steps_per_print")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ConfigError(f"{name}: steps_per_print is a whole number of steps from 1, or null, found {steps!r}")
+    section = config.get("zero_optimization")
+    for key in OFFLOAD if isinstance(section, dict) else ():
+        value = section.get(key)
+        if value and (not isinstance(value, dict) or value.get("device", "none") != "none"):
+            raise ConfigError(
+                f"{name}: zero_optimization.{key} is not supported: the recipes' optimizers run on the device; remove "
+                "it and take more ranks, ZeRO stage 2 (3 without experts) or model.activation_checkpointing"
+            )
     for section, model in _models(config).items():
         _check_section(config[section], model, f"{name}: {section}")
 

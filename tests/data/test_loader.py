@@ -166,7 +166,7 @@ def test_several_sources_with_repeat(tmp_path):
     [
         ({"batch": 9}, "not a multiple"),
         ({"streams": 0}, "data.streams"),
-        ({"streams": 101}, "less than one global batch"),
+        ({"streams": 101}, "data.streams 101 is more than the 100 samples"),
         ({"workers": -1}, "data.workers"),
         ({"repeat": [1, 2]}, "2 numbers for 1 sources"),
         ({"repeat": [0]}, "at least 1"),

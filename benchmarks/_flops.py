@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from moe_cl.config import RunConfig
 from moe_cl.engine import flops as step
@@ -18,6 +16,6 @@ def flops(cfg: RunConfig) -> tuple[float, float]:
     side, _ = build_spec(cfg.views).resolutions[0]
     with torch.random.fork_rng(), torch.no_grad():
         backbone = pretrained.backbone(cfg)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with step.counting() as counter:
             backbone([torch.zeros(1, 3, side, side)])
     return step.count(cfg, 1).image, float(counter.get_total_flops())

@@ -1,5 +1,5 @@
-"""A whole MoCo v3 step beside plain PyTorch, and with compiled blocks; MoCo beside end-to-end (MoCo v2's table 3);
-EsViT's region loss.
+"""A whole MoCo v3 step beside plain PyTorch, with compiled blocks, and as an exact large batch; MoCo beside end-to-end
+(MoCo v2's table 3); EsViT's region loss.
 
 Sides take turns; a ratio is the median over rounds of ours / plain in that round, for the wall clock and for the
 processor time of the process (which other programs disturb less). Memory is the peak of a process of its own over what
@@ -31,12 +31,15 @@ from moe_cl.views.spec import Batch
 
 _ENV = dict(os.environ)  # as it is before this process joins a process group, for the processes that measure memory
 TARGETS = {
-    "step_fp32_cpu": 1.02,
-    "step_bf16_cpu": 1.02,
+    "step_fp32": 1.02,
+    "step_bf16": 1.02,
     "step_memory": 1.0,
     "region_memory": 1 / 3,
     "compiled_loss_fp32": 1e-5,
+    "large_batch_fp32": 1.4,
+    "large_batch_bf16": 1.4,
 }
+PARTS_OF_LARGE = 4  # micro-batches of the exact large batch
 
 
 def images(batch: int, size: int) -> Batch:
@@ -46,19 +49,30 @@ def images(batch: int, size: int) -> Batch:
     return Batch([x], torch.zeros(2, batch, 5), ids, ids, ids)
 
 
-def ours(recipe: str, settings: list[str], batch: Batch) -> Callable[[], object]:
-    """A step of a recipe through the DeepSpeed engine and the project's driver."""
-    from moe_cl.engine import ranks, setup
+def cut(batch: Batch, parts: int) -> list[Batch]:
+    """Two views' batch as ``parts`` micro-batches."""
+    ids, size = batch.sample_ids.chunk(parts), batch.views[0].shape[1:]
+    views = batch.views[0].view(2, -1, *size).chunk(parts, 1)
+    boxes = batch.boxes.chunk(parts, 1)
+    return [Batch([v.flatten(0, 1)], b, i, i, i) for v, b, i in zip(views, boxes, ids, strict=True)]
+
+
+def ours(recipe: str, settings: list[str], batch: Batch, parts: int = 1) -> Callable[[], object]:
+    """A step of a recipe through the DeepSpeed engine and the project's driver; ``parts``: of an exact large batch."""
+    from moe_cl.engine import large_batch, ranks, setup
     from moe_cl.engine.step import step
 
     size = batch.views[0].shape[-1]
+    if parts > 1:
+        settings = [*settings, "batch.exact_large_batch=true", f"batch.micro_batch={len(batch.sample_ids) // parts}"]
     more = [f"batch.global_batch={len(batch.sample_ids)}", f"views.size={size}"]
     cfg: RunConfig = config.load(recipe, [*more, *settings], methods.params_of)
     cfg.engine.ds_config = write_json()
     comm = _group(ranks)
     built = setup.build(cfg, comm)
-    number = iter(range(1, 10**9))
-    return lambda: step(built.parts, [batch], next(number), 0.99)
+    number, batches = iter(range(1, 10**9)), cut(batch, parts)
+    driver = step if parts == 1 else large_batch.step
+    return lambda: driver(built.parts, batches, next(number), 0.99)
 
 
 _GROUP: list = []
@@ -86,17 +100,17 @@ def plain(precision: str, batch: Batch, backbone: str, options: dict) -> Callabl
 
 
 def side(name: str, quick: bool) -> Callable[[], object]:
-    """A measured side by name: ``ours bf16``, ``compiled bf16``, ``plain fp32``, ``moco``, ``end_to_end``, ``fused``,
-    ``gathered``."""
+    """A measured side by name: ``ours bf16``, ``compiled bf16``, ``large bf16``, ``plain fp32``, ``moco``,
+    ``end_to_end``, ``fused``, ``gathered``."""
     kind, _, precision = name.partition(" ")
-    if kind in ("ours", "compiled", "plain"):
+    if kind in ("ours", "compiled", "large", "plain"):
         batch = images(4, 64) if quick else images(16, 224)
         options = {"img_size": 64, "depth": 4} if quick else {}
         if kind == "plain":
             return plain(precision, batch, "vit_small", options)
         settings = [f"model.options.{k}={v}" for k, v in options.items()] + [f"engine.precision={precision}"]
         settings += ["model.compile=true"] if kind == "compiled" else []
-        return ours("mocov3_vit_small_300ep", settings, batch)
+        return ours("mocov3_vit_small_300ep", settings, batch, PARTS_OF_LARGE if kind == "large" else 1)
     if kind in ("moco", "end_to_end"):
         batch = images(8, 64) if quick else images(32, 112)
         settings = ["engine.precision=fp32"] + (["model.backbone=resnet18"] if quick else [])
@@ -151,6 +165,17 @@ def compile_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
         ratios[f"compiled_loss_{precision}"] = worst
 
 
+def large_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+    """The exact large batch in micro-batches beside the same batch in one piece: time, and memory of the step."""
+    for precision in ("bf16", "fp32"):
+        rows = alternate({f"{k} {precision}": side(f"{k} {precision}", quick) for k in ("ours", "large")}, rounds)
+        for name, row in rows.items():
+            figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
+            print(f"MoCo v3 step, {name:12s} {figures}", flush=True)
+        ratios[f"large_batch_{precision}"] = rows[f"large {precision}"]["ratio"]
+    ratios["large_batch_memory"] = compare("ours fp32", "large fp32", quick)
+
+
 def table3_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
     """MoCo v2's table 3: MoCo against end-to-end at equal batch."""
     rows = alternate({k: side(k, quick) for k in ("moco", "end_to_end")}, max(2, rounds - 4))
@@ -179,7 +204,9 @@ def compare(a: str, b: str, quick: bool) -> float:
     return second / first
 
 
-PARTS = {"regions": regions_part, "step": step_part, "compile": compile_part, "table3": table3_part}
+PARTS = {
+    "regions": regions_part, "step": step_part, "compile": compile_part, "large": large_part, "table3": table3_part,
+}  # fmt: skip
 
 
 def main() -> None:

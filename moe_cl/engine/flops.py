@@ -9,8 +9,10 @@ between the images of a batch are those of the small batch: they are thousandths
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +48,19 @@ class Flops:
         return {"tflops": speed / 1e12} | ({"mfu": speed / self.peak} if self.peak else {})
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """A counter of what is run inside. The CPU's fused attention is unknown to it, as matrix products it is not; and
+    for oneDNN experts' rows are filled up with zeros (moe/mlp.py), which is no work."""
+    enabled = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)  # ``flags`` would warn of another device's settings
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 def count(cfg: RunConfig, world: int) -> Flops:
     """The FLOPs of an image in this run's step. Costs seconds and a copy of the networks in main memory; touches no
     random state.
@@ -73,8 +88,7 @@ def _image(cfg: RunConfig) -> float:
     ids = torch.arange(images)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(spec.views, images, 5).clone()
     batch = with_keys(Batch(views, boxes, ids, ids, ids), cfg.seed, 0)
-    # The counter does not know the CPU's fused attention; as matrix products it does.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         features = method.encode_student(student, batch)
         keys = None
         if teacher is not None:

@@ -15,15 +15,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_cl.moe.dispatch import Plan, gather_sum
 
 CHUNK = 512  # most rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
-# oneDNN compiles a kernel for every shape of a half-precision product it has not seen (0.5 to 1 ms, as much as the
-# product). Routed counts are new in every step, so pieces are filled up with zero rows to a multiple of this.
+# oneDNN compiles a kernel for every shape of a product it has not seen (0.5 to 1 ms, as much as the product). Routed
+# counts are new in every step, so pieces are filled up with zero rows to a multiple of this.
 MULTIPLE = 8
 gelu = torch._C._nn.gelu  # what F.gelu is, with ``out=``
 gelu_backward = torch.ops.aten.gelu_backward.grad_input
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **more: Any) -> int:
+        """A multiply-add is two, as torch counts ``mm``."""
+        return 2 * x[0] * x[1] * weight[0]
+
+
+def _onednn(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` are oneDNN's."""
+    if not (x.is_cpu and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool, after: str = "none") -> Tensor:
+    """x weight' + bias, then ``after`` ("none" or "gelu").
+
+    oneDNN does all of it inside the product, which in fp32 is also 15 % faster than MKL's on AMD's processors.
+    """
+    if onednn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "none")
+    y = F.linear(x, weight, bias)
+    return gelu(y, out=y) if after == "gelu" else y
 
 
 def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
@@ -37,9 +64,9 @@ def _pieces(counts: list[int]) -> tuple[list[tuple[int, bool]], list[int]]:
     return owners, sizes
 
 
-def _filled(sizes: list[int], dtype: torch.dtype) -> list[int]:
-    """Rows of each piece as it is multiplied: with zero rows at its end where ``dtype`` is a half precision."""
-    return sizes if dtype.itemsize > 2 else [-(-n // MULTIPLE) * MULTIPLE for n in sizes]
+def _filled(sizes: list[int], onednn: bool) -> list[int]:
+    """Rows of each piece as it is multiplied: with zero rows at its end where that saves a kernel."""
+    return [-(-n // MULTIPLE) * MULTIPLE for n in sizes] if onednn else sizes
 
 
 def _gather(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
@@ -75,48 +102,47 @@ class ExpertMLP(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            onednn = _onednn(x, dtype)
             owners, sizes = _pieces(plan.counts.tolist())
-            filled = _filled(sizes, dtype)
-            d, hidden, m, most = x.shape[1], w1.shape[1], len(plan.token), max(filled, default=0)
+            filled = _filled(sizes, onednn)
+            d, m = x.shape[1], len(plan.token)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             keep = train and not recompute
             xc = x.to(dtype)
-            rows, scratch = xc.new_empty(most, d), xc.new_empty(most, hidden)
-            h_all, a_all = (xc.new_empty(sum(filled) if keep else 0, hidden) for _ in range(2))
-            h_of, a_of = ([scratch[:f] for f in filled],) * 2
-            if keep:  # otherwise one scratch serves as h and, in place, as a
-                h_of, a_of = h_all.split(filled), a_all.split(filled)
+            rows = xc.new_empty(max(filled, default=0), d)
+            hs, activations = [], []
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
             v1, v2 = (torch.empty_like(w, dtype=dtype) if keep and w.dtype != dtype else w for w in (w1, w2))
             stacks = list(zip(*(q.unbind(0) for q in (w1, b1, w2, b2, v1, v2)), strict=True))
-            pieces = zip(owners, filled, plan.token.split(sizes), y[:m].split(sizes), h_of, a_of, strict=True)
-            for (e, first), f, token, ye, h, a in pieces:
+            pieces = zip(owners, sizes, filled, plan.token.split(sizes), y[:m].split(sizes), strict=True)
+            for (e, first), n, f, token, ye in pieces:
                 if first:  # cast one expert at a time, so that the copy is used while in cache
                     p1, c1, p2, c2, u1, u2 = stacks[e]
                     if dtype != p1.dtype:
                         c1, c2 = c1.to(dtype), c2.to(dtype)
                         u1, u2 = (u1.copy_(p1), u2.copy_(p2)) if keep else (p1.to(dtype), p2.to(dtype))
-                    u1, u2 = u1.t(), u2.t()
                 xe = _gather(xc, token, rows[:f])
-                torch.addmm(c1, xe, u1, out=h)
-                gelu(h, out=a)
-                if dtype == wide:
-                    torch.addmm(c2, a, u2, out=ye)
+                if keep:
+                    h = _linear(xe, u1, c1, onednn)
+                    a = gelu(h)
+                    hs.append(h)
+                    activations.append(a)
                 else:
-                    ye.copy_(torch.addmm(c2, a, u2, out=xe)[: len(ye)])
+                    a = _linear(xe, u1, c1, onednn, "gelu")
+                ye.copy_(_linear(a, u2, c2, onednn)[:n])
             out = gather_sum(y, plan.inverse, weights)
         if train:
-            saved = (xc, weights, v1, b1, v2, b2, h_all, a_all, ids, plan.token, plan.choice, plan.inverse)
-            ctx.save_for_backward(*saved)
-            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled), dtype, x.dtype, keep
+            saved = (xc, weights, v1, b1, v2, b2, ids, plan.token, plan.choice, plan.inverse)
+            ctx.save_for_backward(*saved, *hs, *activations)
+            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled, onednn), dtype, x.dtype, keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, b1, w2, b2, h_all, a_all, ids, token, choice, inverse = ctx.saved_tensors
-        dtype, keep, (owners, sizes, filled) = ctx.dtype, ctx.keep, ctx.pieces
+        x, weights, w1, b1, w2, b2, ids, token, choice, inverse, *kept = ctx.saved_tensors
+        dtype, keep, (owners, sizes, filled, onednn) = ctx.dtype, ctx.keep, ctx.pieces
         with torch.autocast(x.device.type, enabled=False):
             d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(filled, default=0)
             grad = grad.contiguous()
@@ -129,29 +155,24 @@ class ExpertMLP(torch.autograd.Function):
                     part[e].zero_()
             p, low = weights.reshape(-1, 1).index_select(0, choice).to(dtype), grad.to(dtype)
             xe, ge = x.new_empty(most, d), x.new_empty(most, d)
-            da, spare, h_one, a_one = (x.new_empty(0 if keep and i > 1 else most, hidden) for i in range(4))
+            spare = x.new_empty(most, hidden)
             stacks = [q.unbind(0) for q in (w1, b1, w2)]
             views = [v.split(sizes) for v in (token, p, gx[:m], gp[:m])]
-            kept = (h_all.split(filled), a_all.split(filled)) if keep else ([h_one[:f] for f in filled],) * 2
-            pieces = zip(owners, sizes, filled, *views, *kept, strict=True)
-            for (e, first), n, f, rows, pe, gxe, gpe, h, a in pieces:
+            pieces = zip(owners, sizes, filled, *views, strict=True)
+            for i, ((e, first), n, f, rows, pe, gxe, gpe) in enumerate(pieces):
                 if first:
                     u1, c1, u2 = (s[e].to(dtype) for s in stacks)
                 xf, gf = _gather(x, rows, xe[:f]), _gather(low, rows, ge[:f])
-                if not keep:
-                    torch.addmm(c1, xf, u1.t(), out=h)
-                    a = gelu(h, out=a_one[:f])
-                daf = torch.mm(gf, u2, out=da[:f])
+                h = kept[i] if keep else _linear(xf, u1, c1, onednn)
+                a = kept[len(owners) + i] if keep else gelu(h)
+                daf = _linear(gf, u2.t(), None, onednn)
                 torch.sum(torch.mul(daf[:n], a[:n], out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
                 gf[:n].mul_(pe)
                 daf[:n].mul_(pe)
                 _weight_grad(gw2[e], gb2[e], gf, a, first)
                 gh = gelu_backward(daf, h, grad_input=spare[:f])
                 _weight_grad(gw1[e], gb1[e], gh, xf, first)
-                if dtype == grad.dtype:
-                    torch.mm(gh, u1, out=gxe)
-                else:
-                    gxe.copy_(torch.mm(gh, u1, out=gf)[:n])
+                gxe.copy_(_linear(gh, u1.t(), None, onednn)[:n])
             grad_x = gather_sum(gx, inverse).to(ctx.x_dtype)
             on_bias = F.pad(grad @ b2.to(grad.dtype).t(), (0, 1)).gather(1, ids)  # column E: elsewhere
             grad_weights = (gp[inverse] + on_bias).to(weights.dtype)

@@ -6,10 +6,10 @@ DeepSpeed ignores a top-level key it does not know, so a misspelt one would chan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from moe_cl.config import ConfigError
-from moe_cl.typed import nearest
+from moe_cl.typed import Count, convert, nearest
 
 # What DeepSpeed 0.19 reads at the top level (deepspeed/runtime/constants.py and runtime/config.py).
 TOP = frozenset(
@@ -23,6 +23,17 @@ TOP = frozenset(
     "timers tensor_parallel expert_parallel elasticity compression_training".split()
 )
 AUTOCAST = frozenset({"enabled", "dtype", "lower_precision_safe_modules"})
+# DeepSpeed takes these as they are; a wrong one would end the run when it is first used.
+SCALARS: dict[str, Any] = {
+    "steps_per_print": Count | None,
+    "communication_data_type": Literal["fp32", "fp16", "bf16"] | None,
+    "gradient_allreduce_op": Literal["mean"],  # a sum would make the gradients depend on the number of ranks
+    **dict.fromkeys(
+        "prescale_gradients disable_allgather dump_state disable_python_gc wall_clock_breakdown memory_breakdown "
+        "zero_force_ds_cpu_optimizer use_data_before_expert_parallelism".split(),
+        bool,
+    ),
+}
 # DeepSpeed offloads to its own CPU Adam and refuses other optimizers; those here are the recipes' (engine/optim.py).
 OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
@@ -49,9 +60,9 @@ def check(config: Mapping[str, Any], name: str) -> None:
             )
         if autocast.get("dtype", "bfloat16") not in ("bfloat16", "float16"):
             raise ConfigError(f"{name}: torch_autocast.dtype is bfloat16 or float16, found {autocast['dtype']!r}")
-    steps = config.get("steps_per_print")
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ConfigError(f"{name}: steps_per_print is a whole number of steps from 1, or null, found {steps!r}")
+    for key, kind in SCALARS.items():
+        if key in config:
+            convert(kind, config[key], f"{name}: {key}")
     section = config.get("zero_optimization")
     for key in OFFLOAD if isinstance(section, dict) else ():
         value = section.get(key)

@@ -19,6 +19,7 @@ from moe_cl.evals.fewshot import few_shot
 from moe_cl.evals.knn import knn
 from moe_cl.evals.linear import linear_probe
 from moe_cl.evals.record import record, write_json
+from moe_cl.evals.sets import metric_of
 from moe_cl.tracking.tail import read
 from moe_cl.views.spec import NORMALIZE
 
@@ -69,24 +70,31 @@ def run(ctx: Context) -> dict[str, float]:
     rows: list[list[Any]] = []
     values: dict[str, float] = {}
     sizes: dict[str, int] = {}
+    metric = metric_of(ctx.source(False))
+    shown = {"top1": "top-1", "top5": "top-5"} | ({metric: metric} if metric == "per_class" else {})
+
+    def add(key: str, text: str, figures: dict[str, Any]) -> None:
+        values[key] = figures["top1"]
+        if metric in figures:
+            values[f"{key}/{metric}"] = figures[metric]
+        rows.append([text, *(figures.get(figure, "") for figure in shown)])
 
     def measure(name: str, encode: Encode) -> None:
         bank, test = (extract(encode, ctx.loader(train), ctx.comm) for train in (True, False))
         sizes.update(bank=len(bank[0]), tested=len(test[0]))
         classes = class_count(bank[1], test[1])
-        found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm)
-        values[f"knn_{name}"] = found["top1"]
-        rows.append([f"kNN (k {k}), {name}", found["top1"], found["top5"]])
+        found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm, name=metric)
+        add(f"knn_{name}", f"kNN (k {k}), {name}", found)
         if name != "trained" and not args.full:
             return
-        probe = linear_probe(*bank, *test, classes, comm=ctx.comm, seed=args.seed)
-        values[f"linear_{name}"] = float(probe["top1"])
-        rows.append([f"linear probe (lr {probe['lr']:.3g}), {name}", probe["top1"], probe["top5"]])
+        probe = linear_probe(*bank, *test, classes, comm=ctx.comm, seed=args.seed, name=metric)
+        add(f"linear_{name}", f"linear probe (lr {probe['lr']:.3g}), {name}", probe)
         if args.shots:
-            draws = few_shot(*bank, *test, shots=args.shots, seeds=args.draws, comm=ctx.comm)
-            for protocol, accuracies in draws.items():
-                values[f"{protocol}_{name}"] = statistics.mean(accuracies)
-                rows.append([f"{protocol}, {name}", values[f"{protocol}_{name}"], ""])
+            draws = few_shot(*bank, *test, shots=args.shots, seeds=args.draws, comm=ctx.comm, name=metric)
+            means = {protocol: statistics.mean(accuracies) for protocol, accuracies in draws.items()}
+            for protocol in (p for p in means if not p.endswith(metric)):
+                beside = {metric: means[f"{protocol}/{metric}"]} if f"{protocol}/{metric}" in means else {}
+                add(f"{protocol}_{name}", f"{protocol}, {name}", {"top1": means[protocol], **beside})
 
     if "pixels" in args.rows:
         measure("pixels", pixels(ctx))
@@ -100,7 +108,7 @@ def run(ctx: Context) -> dict[str, float]:
     values |= speed(ctx.out)
     if ctx.comm.rank == 0:
         setting = ctx.setting("train", "test", k=k, temperature=temperature, **sizes)
-        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("", "top-1", "top-5"), rows=rows)
+        record(ctx.out, ctx.name, ctx.step, values, setting, columns=("", *shown.values()), rows=rows)
         write_json(
             ctx.out / "summary.json", {**values, "step": ctx.step, "setting": setting, "run": config.to_tree(ctx.cfg)}
         )

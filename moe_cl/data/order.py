@@ -142,7 +142,7 @@ def _hash(ids: np.ndarray) -> np.ndarray:
 
 def digest_parts(ids: Tensor | np.ndarray) -> Tensor:
     """Four float64 sums of 16-bit limbs; add the ranks' parts (exact below 2**37 samples), then ``digest_hex``."""
-    hashed = _hash(np.asarray(ids, dtype=np.int64))
+    hashed = _hash(np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids, dtype=np.int64))
     limbs = [(hashed >> np.uint64(16 * i)) & np.uint64(0xFFFF) for i in range(4)]
     return torch.tensor([float(limb.sum()) for limb in limbs], dtype=torch.float64)
 

@@ -29,6 +29,8 @@ _MIX = {"brightness", "contrast", "saturation", "gray"}
 def to_device(batch: Batch, where: torch.device, spec: ViewSpec, seed: int, epoch: int) -> Batch:
     """The batch on ``where``, its views finished there if ``spec.implementation`` is "device".
 
+    ``sample_ids`` stay on the host: they are only named and hashed, never computed with.
+
     Args:
         batch: as the loader gives it.
         where: the device the model is on.
@@ -36,7 +38,8 @@ def to_device(batch: Batch, where: torch.device, spec: ViewSpec, seed: int, epoc
         seed, epoch: of the run, and of the epoch the batch belongs to.
     """
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "views"}
-    moved = {k: v if v is None else v.to(where, non_blocking=True) for k, v in fields.items()}
+    stays = lambda name, value: value is None or name == "sample_ids"  # noqa: E731
+    moved = {k: v if stays(k, v) else v.to(where, non_blocking=True) for k, v in fields.items()}
     views = [v.to(where, non_blocking=True) for v in batch.views]
     if spec.implementation == "device":
         views = finish(views, spec, seed, epoch, batch.positions)

@@ -6,6 +6,7 @@ V views (i = 0, 1 are the teacher's), B images, K prototypes, T_v tokens of view
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,9 +100,10 @@ def region_loss(
     only; the gradient is formed in the same pass.
 
     Args:
-        student: (B, S, D), teacher: (B, 2T, D): rows before the last layer, or logits (D = K) without weights.
+        student: (B, S, D), teacher: (B, 2T, D): rows before the last layer, of at most unit length, or logits (D = K)
+            without weights.
         pick: (B, S, 2) from ``match_regions``. weights: (S, 2) from ``pair_weights``. centre: (K,).
-        student_weight, teacher_weight: (K, D).
+        student_weight, teacher_weight: (K, D), its rows of about unit length.
     """
     kind = student.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -136,6 +138,7 @@ class _Region(torch.autograd.Function):
         dw = torch.zeros(w.shape, dtype=real, device=w.device) if train and w is not None else None
         loss = z.new_zeros((), dtype=real)
         step = max(1, _CHUNK // (tokens * len(centre)))
+        lift = _lift(low[0].dtype, min(step, batch) / (temperature * batch))
         for at in range(0, batch, step):
             rows = slice(at, at + step)
             s = _project(low[0][rows], low[1]).to(real) / temperature
@@ -148,13 +151,13 @@ class _Region(torch.autograd.Function):
             grad = s.sub_(lse).exp_().mul_(total)  # weight * softmax(s)
             chosen = grad.new_zeros(*grad.shape[:2], q.shape[1])
             chosen.scatter_add_(2, pick[rows], weights.expand(len(grad), -1, -1))
-            grad.baddbmm_(chosen, q, alpha=-1).div_(temperature * batch)
+            grad.baddbmm_(chosen, q, alpha=-1).div_(temperature * batch / (1.0 if w is None else lift))
             if w is None:
                 dz[rows] = grad
                 continue
             low_grad = grad.to(low[0].dtype)
-            dz[rows] = low_grad @ low[1]
-            dw += low_grad.flatten(0, 1).t() @ low[0][rows].flatten(0, 1)
+            dz[rows] = (low_grad @ low[1]).to(real) / lift
+            dw.add_((low_grad.flatten(0, 1).t() @ low[0][rows].flatten(0, 1)).to(real), alpha=1 / lift)
         if train:
             ctx.save_for_backward(dz, dw)
             ctx.weight_dtype = None if w is None else w.dtype
@@ -165,6 +168,16 @@ class _Region(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dz, dw = ctx.saved_tensors
         return dz * grad, None if dw is None else (dw * grad).to(ctx.weight_dtype), *[None] * 8
+
+
+def _lift(dtype: torch.dtype, size: float) -> float:
+    """Power of two that brings the logits' gradient into fp16's range; 1 for other types.
+
+    It is formed before the loss is scaled, and with K prototypes most of its entries are 1/K of the size of the largest
+    and would become 0. Its sums over a chunk's rows stay below 2 * ``size``, for the weights of an image's pairs sum to
+    1 (or less) and softmax and target each to 1.
+    """
+    return 2.0 ** math.floor(math.log2(2**15 / (2 * size))) if dtype == torch.float16 else 1.0
 
 
 def _project(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -117,6 +117,24 @@ def test_fused_last_layer_is_the_plain_one(chunk, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+def test_fp16_keeps_the_gradient_of_many_prototypes():
+    """K 65536, 32 images, weights as 98 tokens have them: an entry is about 5e-8, below what fp16 can hold."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (32, 2), (32, 4), (65536,), (65536,)
+    z, zt, w, wt = (F.normalize(torch.randn(*shape, 8, generator=g), dim=-1) for shape in shapes)
+    pick = torch.tensor([0, 2]).expand(32, 2, 2)
+    weights, centre = torch.full((2, 2), 1 / 98), torch.zeros(65536)
+    grads = []
+    for low in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (z, w)]
+        with torch.autocast("cpu", torch.float16, enabled=low):
+            loss = dist.region_loss(leaves[0], zt, pick, weights, centre, 0.1, 0.07, leaves[1], wt)
+        grads.append(torch.autograd.grad(loss, leaves))
+    for want, got in zip(*grads, strict=True):
+        assert got.isfinite().all()
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_temperature(number):
     start, end, warmup, epochs = SCHED[f"ttemp{number}__args_warmup_final_warmepochs_epochs"]

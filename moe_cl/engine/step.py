@@ -121,8 +121,7 @@ def finish(parts: Parts, outputs: list[StepOutput], momentum: float, agreed: Agr
     with span("optimizer"):
         optimizer_step(parts.engine)
     with span("commit"), torch.no_grad():
-        for out in outputs:
-            parts.method.commit(out.pending)
+        parts.method.commit(parts.method.together([out.pending for out in outputs]))
         if parts.teacher is not None and parts.method.teacher_update == "after_step":
             parts.teacher.update(momentum)
 

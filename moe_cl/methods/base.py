@@ -8,6 +8,8 @@ A step, whichever driver runs it::
     engine.backward(out.loss); engine.step()
     method.commit(out.pending)                               # queue, pointer, centres: only after the finite check
 
+Accumulation makes a loss a micro-batch; their ``pending`` go ``together`` into one commit.
+
 ``teacher_update`` says when the EMA runs: ``before_keys`` (between the two encodes, with this step's pre-optimizer
 weights), ``after_step``, or ``none`` (no teacher).
 """
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moe_cl import rng
@@ -136,8 +139,13 @@ class Method(nn.Module):
         """Heads and objective on the whole local batch."""
         raise NotImplementedError  # abstract
 
+    def together(self, pending: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a step of several micro-batches (their ``pending``, in order) commits at once; here all rows of each."""
+        return {name: torch.cat([one[name] for one in pending]) for name in pending[0]}
+
     def commit(self, pending: dict[str, Tensor]) -> None:
-        """Write this step's queue entries or centres; called only when the step was finite on every rank."""
+        """Write this step's queue entries or centres, once an optimizer step; called only when the step was finite on
+        every rank."""
 
     def after_backward(self, student: nn.Module) -> None:
         """Between backward and optimizer."""

@@ -130,6 +130,10 @@ class EsViT(Method):
         )  # fmt: skip
         return loss, mean, unique
 
+    def together(self, pending: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of the micro-batches' means: a centre decays once a step, whatever the accumulation."""
+        return {"means": torch.stack([one["means"] for one in pending]).mean(0)}
+
     @torch.no_grad()
     def commit(self, pending: dict[str, Tensor]) -> None:
         """Both centres move towards this step's mean teacher logits."""

@@ -146,10 +146,14 @@ class MoCo(Method):
 
     @torch.no_grad()
     def commit(self, pending: dict[str, Tensor]) -> None:
-        """Overwrite the oldest columns with this step's keys (n, C), round the end where K is no multiple of n."""
+        """Overwrite the oldest columns with this step's keys (n, C), round the end where K is no multiple of n.
+
+        Of more keys than columns (accumulation) the last K stay.
+        """
         new = pending["keys"]
-        columns = (self.queue_ptr + torch.arange(len(new), device=new.device)) % self.params.queue
-        self.queue.index_copy_(1, columns, new.t().to(self.queue.dtype))
+        places = torch.arange(len(new), device=new.device)[-self.params.queue :]
+        columns = (self.queue_ptr + places) % self.params.queue
+        self.queue.index_copy_(1, columns, new[-self.params.queue :].t().to(self.queue.dtype))
         self.queue_ptr.copy_((self.queue_ptr + len(new)) % self.params.queue)
 
 

@@ -54,6 +54,17 @@ def test_any_crops_on_any_number_of_ranks(counts, moe, regions):
     assert ("loss/balance" in whole.metrics) == (moe is not None)
 
 
+def test_accumulation_moves_the_centres_as_one_batch_does():
+    views = crops(samples=8)
+    plain, parts = small(), small()
+    for number in range(2):
+        stepped(plain, views)
+        cut = [batch_of([v[:, at : at + 2].flatten(0, 1) for v in views], count=5) for at in (0, 2, 4, 6)]
+        parts.step(cut, number=number)
+    for name in ("centre", "centre_region"):
+        torch.testing.assert_close(getattr(parts.method, name), getattr(plain.method, name), rtol=1e-9, atol=1e-12)
+
+
 def test_first_epoch_leaves_the_last_layer():
     run = small()
     before = {n: p.detach().clone() for n, p in run.student.named_parameters()}

@@ -15,16 +15,16 @@ from tests.tiny import TinyNet
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=8), st.integers(7, 20))
-def test_queue_holds_the_last_keys(sizes, length):
-    """Whatever the batches, the queue holds the newest ``length`` keys, the pointer where the next one goes."""
+@given(st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=8), st.integers(7, 20))
+def test_queue_holds_the_last_keys(steps, length):
+    """Whatever the micro-batches, the queue holds the newest ``length`` keys, the pointer where the next one goes."""
     method = moco.MoCo(moco.Params(dim=1, queue=length), LocalComm())
     written = [float("nan")] * length
     method.queue.fill_(float("nan"))
-    for n in sizes:
-        new = torch.arange(len(written), len(written) + n, dtype=torch.float32)
+    for sizes in steps:
+        new = torch.arange(len(written), len(written) + sum(sizes), dtype=torch.float32)
         written += new.tolist()
-        method.commit({"keys": new[:, None]})
+        method.commit(method.together([{"keys": keys[:, None]} for keys in new.split(sizes)]))
     newest = written[-length:]
     got = method.queue[0].roll(-int(method.queue_ptr)).tolist()
     np.testing.assert_array_equal(got, newest)

@@ -35,6 +35,7 @@ class GradientControl:
             first[name] = len(self.slots)
             self.slots += [name] if not place.experts else [f"{name}[{e}]" for e in range(place.shape[0])]
         self._parts = [part for fragment in view.fragments for part in _split(fragment, first[fragment.name])]
+        assert len({slot for _, slot, _, _ in self._parts}) == len(self._parts), "a tensor in two pieces on one rank"
         self._lars = view.inner if isinstance(view.inner, LARS) else None
         if self._lars is not None and not view.zero:
             self._lars.units = {f.param: f.place.experts for f in view.fragments if f.place.experts}
@@ -103,7 +104,8 @@ class GradientControl:
                     torch.stack([torch.dot(g.view(-1), w) for g, w in zip(grads, weights, strict=True)]) / scale
                 )
                 columns.append(torch.stack(torch._foreach_norm(weights)).double().square())
-            sums.index_add_(0, slots, torch.stack([c.double() * share for c in columns], 1))
+            # Each slot once on a rank (asserted above): nothing is added, whose order a GPU would choose.
+            sums.index_copy_(0, slots, torch.stack([c.double() * share for c in columns], 1))
         return self.view.comm.all_reduce(sums)
 
     def _trust(self, parts: list[tuple[Fragment, int, int, int]], sums: Tensor, factors: Tensor) -> None:

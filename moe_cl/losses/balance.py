@@ -19,16 +19,16 @@ def expert_sums(indices: Tensor, weights: Tensor, experts: int, load: Tensor | N
     """(N, 2, E): each row's importance (sum of combine weights) and load, summed over its tokens.
 
     Args:
-        indices, weights: (N, T, k). load: (N, E) smooth load with graph; None = the hard count, without gradient.
+        indices, weights: (N, T, k), a token's k experts distinct. load: (N, E) smooth load with graph; None = the hard
+            count, without gradient.
     """
-    rows, importance = len(indices), wide(weights)
-    flat = indices.reshape(rows, -1)
-    zeros = importance.new_zeros(rows, experts)
-    importance = zeros.scatter_add(1, flat, importance.reshape(rows, -1))
+    gates = wide(weights)
+    # A token's experts differ, so each value has a place of its own: no additions whose order a GPU would choose.
+    dense = gates.new_zeros(*gates.shape[:2], experts).scatter(2, indices, gates)
     if load is None:
         # an expert whose weight underflowed to 0 does not count, as in the published code
-        load = zeros.scatter_add(1, flat, (weights.detach() > 0).to(zeros.dtype).reshape(rows, -1))
-    return torch.stack([importance, wide(load)], dim=1)
+        load = (dense.detach() > 0).sum(1, dtype=gates.dtype)
+    return torch.stack([dense.sum(1), wide(load)], dim=1)
 
 
 def cv2(x: Tensor) -> Tensor:

@@ -31,7 +31,10 @@ def check(statistics: str, total: int) -> int | str:
     """``parse``, for batches of ``total`` images over all ranks. Raises ConfigError when groups cannot be equal."""
     kind = parse(statistics)
     if isinstance(kind, int) and total % kind:
-        raise ConfigError(f"engine.statistics: groups of {kind} images do not divide a global batch of {total}")
+        raise ConfigError(
+            f"engine.statistics: groups of {kind} images do not divide the {total} of a micro-batch over all ranks; "
+            "take global, or a group that does"
+        )
     return kind
 
 
@@ -51,7 +54,9 @@ class Groups:
         The gradient is that of the mean over ranks: values are the global sums, and each rank's backward carries W
         times its own rows, which the average over ranks undoes.
         """
-        local = x.new_zeros(self.slots, *x.shape[1:]).index_add(0, self.ids, x)
+        # A product with one-hot rows: index_add on a GPU adds in an order of its own, other bits each time.
+        member = (self.ids == torch.arange(self.slots, device=x.device)[:, None]).to(x.dtype)
+        local = (member @ x.flatten(1)).view(self.slots, *x.shape[1:]) if x.dim() > 1 else member @ x
         if not self.shared:
             return local
         total = comm.all_reduce(local)

@@ -53,7 +53,7 @@ class Experts(nn.Module):
         plan = sort_by_expert(ids_Rk, len(self.w1), complete)
         dtype = compute_dtype(x_RD)
         parameters = (self.w1, self.b1, self.w2, self.b2)
-        if grouped.available(x_RD, dtype):
+        if grouped.available(x_RD, dtype, self.w1.shape[1], len(plan.token)):
             return grouped.forward(x_RD, weights_Rk, *parameters, plan, dtype, self.recompute)
         inputs = (x_RD, weights_Rk, *parameters)
         train = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

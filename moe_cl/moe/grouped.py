@@ -12,11 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from moe_cl.moe.dispatch import Plan, gather_sum
 
 
-def available(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether rows on this device in ``dtype`` can take the grouped path: bf16 on CUDA from Hopper or Ampere up."""
+def available(x: Tensor, dtype: torch.dtype, hidden: int, assignments: int) -> bool:
+    """Whether rows on this device in ``dtype`` can take the grouped path: bf16 on CUDA from Hopper or Ampere up.
+
+    Both widths are multiples of 8, for rows lie at multiples of 16 bytes there; and there is a row at all, for with
+    experts on several ranks all tokens may go elsewhere.
+    """
     if not (x.is_cuda and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[1] % 8 == 0
+    fits = x.shape[1] % 8 == 0 and hidden % 8 == 0 and assignments > 0
+    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class _Take(torch.autograd.Function):

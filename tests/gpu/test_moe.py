@@ -6,7 +6,7 @@ import torch
 from moe_cl.config import MoEConfig
 from moe_cl.moe import grouped
 from moe_cl.moe.experts import SparseMLP
-from tests.moe.test_grouped import both, check
+from tests.moe.test_grouped import both, check, nobody_here
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,8 +21,21 @@ def test_fp32_equals_the_cpu():
     layer = SparseMLP(64, MoEConfig(experts=8, init="xavier"))
     x = torch.randn(2, 33, 64)
     want = layer(x)[0]
-    assert not grouped.available(x.cuda(), torch.float32)
+    assert not grouped.available(x.cuda(), torch.float32, 64, 66)
     torch.testing.assert_close(layer.cuda()(x.cuda())[0].cpu(), want, rtol=0, atol=1e-4)
+
+
+def test_a_hidden_width_that_is_no_multiple_of_8():
+    torch.manual_seed(0)
+    layer = SparseMLP(64, MoEConfig(experts=4, init="xavier", hidden_ratio=100 / 64)).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y, _ = layer(torch.rand(2, 9, 64, device="cuda"))
+    y.sum().backward()
+    assert layer.experts.w1.shape[1] == 100 and layer.experts.w1.grad.isfinite().all()
+
+
+def test_no_row_for_this_rank():
+    nobody_here("cuda")
 
 
 def test_equal_bits():

@@ -1,5 +1,7 @@
 """The grouped path's arithmetic on the CPU twin of torch's grouped matrix product, against the loop over experts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -42,4 +44,26 @@ def test_grouped_equals_the_loop(recompute, monkeypatch):
 
 
 def test_not_taken_on_the_cpu():
-    assert not grouped.available(torch.zeros(2, 64), torch.bfloat16)
+    assert not grouped.available(torch.zeros(2, 64), torch.bfloat16, 64, 2)
+
+
+@pytest.mark.parametrize(("wide", "hidden", "rows", "taken"), [(64, 128, 5, True), (64, 100, 5, False),
+                                                              (60, 128, 5, False), (64, 128, 0, False)])  # fmt: skip
+def test_taken_where_its_rows_lie_at_16_bytes(wide, hidden, rows, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x = SimpleNamespace(is_cuda=True, shape=(5, wide), device="cuda")
+    assert grouped.available(x, torch.bfloat16, hidden, rows) is taken
+
+
+def test_no_row_for_this_rank():
+    nobody_here("cpu")
+
+
+def nobody_here(device):
+    """Experts whose rank no token chose: zeros out, and gradients of 0."""
+    experts = SparseMLP(64, MoEConfig(experts=4, init="xavier")).to(device).experts
+    x, ids = torch.rand(6, 64, device=device, requires_grad=True), torch.full((6, 2), 4, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = experts(x, ids, torch.rand(6, 2, device=device), complete=False)
+    grads = torch.autograd.grad(y.sum(), [x, *experts.parameters()])
+    assert y.shape == (6, 64) and not any(t.any() for t in (y, *grads))

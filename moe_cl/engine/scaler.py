@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from moe_cl.engine.health import NonFiniteLoss
+from moe_cl.models import norm
 
 SMALLEST = 2.0**-14  # a gradient that overflows fp16 here is no matter of scale
 
@@ -108,8 +110,8 @@ def optimizer_step(engine: Any) -> None:
 def until_finite(driver: Callable[..., Any]) -> Callable[..., Any]:
     """A driver that tries its step again, with the same samples, until the optimizer has stepped.
 
-    So a step is always one optimizer step: cursor, schedules, queue and teacher never run ahead of the student.
-    ``parts.again`` tells the driver that the teacher has moved already.
+    So a step is always one optimizer step: cursor, schedules, queue and teacher never run ahead of the student, and
+    batch norms count a batch once. ``parts.again`` tells the driver that the teacher has moved already.
     """
 
     @functools.wraps(driver)
@@ -117,7 +119,8 @@ def until_finite(driver: Callable[..., Any]) -> Callable[..., Any]:
         try:
             while True:
                 try:
-                    return driver(parts, batches, number, momentum)
+                    with norm.replay(norm.current_views()) if parts.again else contextlib.nullcontext():
+                        return driver(parts, batches, number, momentum)
                 except Overflow:
                     parts.again = True
                     if loss_scale(parts.engine) < SMALLEST:

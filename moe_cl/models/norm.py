@@ -40,7 +40,8 @@ def view_count(views: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replay(views: int) -> Iterator[None]:
-    """As ``view_count``, and running statistics stay: checkpointing's second forward counts no batch twice."""
+    """As ``view_count``, and running statistics stay: a second forward (checkpointing's, or a step's that is tried
+    again) counts no batch twice."""
     token = _replay.set(True)
     try:
         with view_count(views):

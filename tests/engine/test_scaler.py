@@ -77,6 +77,11 @@ def state(parts):
     return [p.detach().clone() for p in (*parts.student.parameters(), *parts.teacher.module.parameters())] + moments
 
 
+def statistics(parts):
+    """Of every batch norm, counts included."""
+    return [b.clone() for net in (parts.student, parts.teacher.module) for b in net.buffers()]
+
+
 def overflowing(comm, out, stage, ep):
     """Three steps, the second of which overflows on rank 1 until the scale is an eighth; the same without overflow."""
     runs = []
@@ -91,7 +96,8 @@ def overflowing(comm, out, stage, ep):
             if heated is not None:
                 parts.method.loss, calls = heated.loss, heated.calls
             assert any(not torch.equal(a, b) for a, b in zip(before, state(parts), strict=False))
-        runs.append((losses, [x.numpy() for x in state(parts)], loss_scale(parts.engine), parts.engine.global_steps))
+        values = [x.numpy() for x in state(parts) + statistics(parts)]
+        runs.append((losses, values, loss_scale(parts.engine), parts.engine.global_steps))
         skipped = parts.engine.skipped_steps
     return runs, calls, skipped
 

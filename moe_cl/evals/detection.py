@@ -329,7 +329,7 @@ def run(ctx: Context) -> dict[str, float]:
         losses = train(model, data, schedule, seed=seed, comm=comm, device=ctx.device, dtype=DTYPES[args.dtype])
         if args.precise_bn:
             source = batches(data, schedule, seed + 1, comm)
-            precise_norms(model, [_moved(next(source), ctx.device) for _ in range(args.precise_bn)])
+            precise_norms(model, (_moved(next(source), ctx.device) for _ in range(args.precise_bn)))  # one at a time
         trials.append(score(test, detect(model, test, comm, ctx.device)) | {"train_loss": losses[-1]})
     values = {k: statistics.fmean(t[k] for t in trials) for k in trials[0]}
     if comm.rank == 0:

@@ -8,6 +8,7 @@ place, RoIAlign 14, res5 as the head of each region, a batch norm after it, RPN 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -133,7 +134,7 @@ def _c4(net: ResNet, kind: Kind, classes: int, sizes: dict[str, object]) -> nn.M
 
 
 @torch.no_grad()
-def precise_norms(model: nn.Module, batches: list[tuple[list[Tensor], list[dict[str, Tensor]]]]) -> None:
+def precise_norms(model: nn.Module, batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]]) -> None:
     """Running statistics as the plain mean over ``batches`` with the final weights ("precise BN", before a test)."""
     norms = batch_norms(model)
     momenta = [n.momentum for n in norms]

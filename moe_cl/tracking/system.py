@@ -6,6 +6,7 @@ process alone talks to the server. Keys: ``system/HOST/cpu_percent`` and so on.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import sys
@@ -34,19 +35,29 @@ def sample(before: dict[str, float] | None = None) -> tuple[dict[str, float], di
 
 
 def _accelerators() -> dict[str, float]:
-    """Utilisation, memory and power of each NVIDIA device, through NVML; nothing where there is none."""
+    """Memory, utilisation and power of each NVIDIA device, through NVML; nothing where there is none.
+
+    Without NVML's Python package the memory of this process's device alone: CUDA would make a context on each of the
+    others to answer, some hundred MB of it.
+    """
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return {}
+    figures = {
+        "memory_gib": lambda i: torch.cuda.device_memory_used(i) / 2**30,
+        "utilization_percent": lambda i: float(torch.cuda.utilization(i)),
+        "power_w": lambda i: torch.cuda.power_draw(i) / 1000,
+    }
+    # The package is not there, the driver refuses, or a device does not have that figure (MIG).
+    refused = (ModuleNotFoundError, RuntimeError, getattr(sys.modules.get("pynvml"), "NVMLError", RuntimeError))
     values = {}
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        values[f"gpu{i}/memory_gib"] = (total - free) / 2**30
-        try:
-            values[f"gpu{i}/utilization_percent"] = float(torch.cuda.utilization(i))
-            values[f"gpu{i}/power_w"] = torch.cuda.power_draw(i) / 1000
-        except (ModuleNotFoundError, RuntimeError):  # NVML's Python package is not there, or the driver refuses
-            continue
+        for name, read in figures.items():
+            with contextlib.suppress(*refused):
+                values[f"gpu{i}/{name}"] = read(i)
+    if not values:
+        free, total = torch.cuda.mem_get_info()
+        values[f"gpu{torch.cuda.current_device()}/memory_gib"] = (total - free) / 2**30
     return values
 
 

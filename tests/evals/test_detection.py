@@ -112,7 +112,7 @@ def test_precise_statistics_are_the_mean_over_batches():
             return self.norm(torch.stack(images).flatten(2).transpose(1, 2).flatten(0, 1))
 
     model, data = One(), [[torch.randn(3, 4, 4) for _ in range(2)] for _ in range(5)]
-    precise_norms(model, [(images, []) for images in data])
+    precise_norms(model, ((images, []) for images in data))  # as it is called: batches made one at a time
     want = torch.stack([torch.stack(images).mean((0, 2, 3)) for images in data]).mean(0)
     torch.testing.assert_close(model.norm.running_mean, want)
     assert batch_norms(model)[0].momentum == 0.1

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from moe_cl.tracking import environment
 from moe_cl.tracking.journal import read
 from moe_cl.tracking.system import Monitor, sample
@@ -15,6 +17,27 @@ def test_a_sample_has_processor_memory_and_rates():
     second, _ = sample(counters)
     assert 0 <= first["cpu_percent"] <= 100 and 0 < first["memory_gib"] and "network_sent_mb_s" not in first
     assert second["network_sent_mb_s"] >= 0 and 0 < second["memory_percent"] <= 100
+
+
+def test_no_other_device_is_asked_through_cuda(monkeypatch):
+    """Without NVML's package (torch's functions raise) the process's own device alone answers."""
+
+    def nvml(device):
+        raise ModuleNotFoundError("nvidia-ml-py")
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i=0: asked.append(i) or (2**30, 3 * 2**30))
+    for name in ("device_memory_used", "utilization", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, nvml)
+    values, _ = sample()
+    assert asked == [0] and {k: v for k, v in values.items() if k.startswith("gpu")} == {"gpu0/memory_gib": 2.0}
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda i: i * 2**30)
+    values, _ = sample()
+    assert asked == [0] and [values[f"gpu{i}/memory_gib"] for i in range(4)] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_the_monitor_writes_at_the_step_it_is_told(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks._memory import begin, resident
 from benchmarks._moe_messages import bytes_of_two_ranks
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.config import MoEConfig
@@ -145,9 +145,9 @@ def peak_memory(side: str, batch: int) -> float:
 def memory_child(side: str, batch: int) -> None:
     net, x = model(side), torch.randn(batch, 3, 224, 224)
     forward(net, x[:1], "fp32")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = begin()
     train_step(net, x, "fp32")
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident("VmHWM") - before) / 2**20)
 
 
 def show(title: str, row: dict[str, float]) -> None:

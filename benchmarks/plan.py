@@ -18,13 +18,15 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from benchmarks._memory import begin as hold
+from benchmarks._memory import resident
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 VIT = ("mocov3_vit_small_300ep", ["views.size=160", "batch.global_batch=8"])
-MOE = ("crmoe_vmoe_small_300ep", ["views.size=160", "batch.global_batch=8"])
+MOE = ("crmoe_vmoe_small_300ep", ["views.size=160", "batch.global_batch=8", "engine.statistics=global"])
 RESNET = ("mocov2_r50_200ep", ["views.size=128", "batch.global_batch=16", "params.queue=65536"])
 SIMCLR = ("simclr_r50_200ep", ["views.size=128", "batch.global_batch=8"])
 JCL = ("jcl_paper_r50_200ep", ["views.size=128", "batch.global_batch=8"])
@@ -48,7 +50,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
 _TINY = ["model.options={dim: 192, depth: 4, heads: 6}", "views.size=96", "batch.global_batch=16"]
 QUICK: dict[str, tuple[str, list[str]]] = {
     "MoCo v3, tiny ViT, fp32": ("mocov3_vit_small_300ep", [*_TINY, "engine.precision=fp32"]),
-    "CR-MoE, tiny ViT, bf16": ("crmoe_vmoe_small_300ep", [*_TINY, "engine.precision=bf16"]),
+    "CR-MoE, tiny ViT, bf16": (
+        "crmoe_vmoe_small_300ep",
+        [*_TINY, "engine.precision=bf16", "engine.statistics=global"],
+    ),
     "MoCo v2, ResNet-18, fp32": (
         "mocov2_r50_200ep",
         ["model.backbone=resnet18", "views.size=96", "batch.global_batch=16", "engine.precision=fp32"],
@@ -67,12 +72,6 @@ def measured(case: str, settings: tuple[str, list[str]], threads: int) -> dict[s
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def resident(key: str) -> int:
-    """Bytes of this process by a key of /proc/self/status (VmRSS: now, VmHWM: the most so far)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def child(recipe: str, settings: list[str], threads: int) -> None:
     """Runs the steps; prints one line of JSON."""
     import torch
@@ -87,8 +86,7 @@ def child(recipe: str, settings: list[str], threads: int) -> None:
     comm = ranks.init(ranks.Ranks(), 600.0)
     cfg = config.load(recipe, settings, methods.params_of)
     _first_use()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = hold()
 
     built = setup.build(cfg, comm)
     keep_freed_memory()  # as a training process does

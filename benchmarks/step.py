@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 
 from benchmarks import _regions
+from benchmarks._memory import begin, resident
 from benchmarks._plain_mocov3 import PlainStep
 from benchmarks.moe import alternate
 from moe_cl import config, methods
@@ -132,10 +132,10 @@ def memory_child(name: str, quick: bool) -> None:
     """Prints the peak; the networks are held before, their gradients and moments are not."""
     torch.set_num_threads(2)
     run = side(name, quick)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = begin()
     for _ in range(2):
         run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident("VmHWM") - before) / 2**20)
 
 
 def step_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:

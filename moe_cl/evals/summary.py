@@ -45,6 +45,15 @@ def pixels(ctx: Context) -> Encode:
     return lambda images: (images * std + mean)[:, :channels].flatten(1)
 
 
+def training(out: Path) -> dict[str, Any]:
+    """What the run said at its (last) start: batch, ranks, precision, length; empty without a journal."""
+    try:
+        starts = [line for line in read(out / "journal.jsonl") if line["kind"] == "event" and line["name"] == "start"]
+    except OSError:
+        return {}
+    return {k: v for k, v in starts[-1].items() if k not in ("kind", "time", "name", "step")} if starts else {}
+
+
 def speed(out: Path) -> dict[str, float]:
     """``images_per_second`` (mean over the steps' time) and ``seconds`` of training, pauses between lives left out."""
     try:
@@ -109,7 +118,6 @@ def run(ctx: Context) -> dict[str, float]:
     if ctx.comm.rank == 0:
         setting = ctx.setting("train", "test", k=k, temperature=temperature, **sizes)
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=("", *shown.values()), rows=rows)
-        write_json(
-            ctx.out / "summary.json", {**values, "step": ctx.step, "setting": setting, "run": config.to_tree(ctx.cfg)}
-        )
+        about = {"training": training(ctx.out), "evaluation": setting, "run": config.to_tree(ctx.cfg)}
+        write_json(ctx.out / "summary.json", {**values, "step": ctx.step, "setting": about})
     return values

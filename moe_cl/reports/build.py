@@ -141,10 +141,16 @@ def evaluation_tables(run: Run) -> list[str]:
         classes = ["best" if value == best else "" for _, value in rows]
         cells = [[name, (f"{value:.2%}", value)] for name, value in rows]
         parts.append("<h3>Accuracy of frozen features</h3>" + page.table(["features", "top-1"], cells, classes))
-    if run.evaluations:
-        keys = list(dict.fromkeys(key for e in run.evaluations for key in e["values"]))
-        cells = [[e["name"], e["step"], *(_number(e["values"].get(key)) for key in keys)] for e in run.evaluations]
-        parts.append("<h3>All evaluations</h3>" + page.table(["evaluation", "step", *keys], cells))
+    for name in dict.fromkeys(e["name"] for e in run.evaluations):
+        same = [e for e in run.evaluations if e["name"] == name]
+        if len(same) == 1:  # its figures one under the other: a row of them would leave the page
+            title, columns = f"{name}, step {same[0]['step']:,}", ["figure", "value"]
+            cells = [[key, _number(value)] for key, value in same[0]["values"].items()]
+        else:
+            keys = list(dict.fromkeys(key for e in same for key in e["values"]))
+            title, columns = name, ["step", *keys]
+            cells = [[e["step"], *(_number(e["values"].get(key)) for key in keys)] for e in same]
+        parts.append(f"<h3>Evaluation {page.escape(title)}</h3>" + page.table(columns, cells))
     return [page.box(part) for part in parts]
 
 

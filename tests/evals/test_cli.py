@@ -25,13 +25,15 @@ def result(out, name):
 
 def test_summary(run, capsys):
     journal = Journal(run / "journal.jsonl")
-    journal.event("start", step=0, total=2)
+    journal.event("start", step=0, total=2, ranks="2, experts over 2")
     journal.step(1, {"images_per_second": 100.0}, "")
     journal.close("FINISHED")
     assert main(["eval", "summary", "--checkpoint", str(run)]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["knn_pixels"] == 1.0 and summary["linear_trained"] > 0.9 and summary["images_per_second"] == 100
     assert {"knn_untrained", "knn_trained", "seconds", "setting", "step"} <= set(summary)
+    assert summary["setting"]["training"] == {"total": 2, "ranks": "2, experts over 2"}
+    assert summary["setting"]["evaluation"]["k"] == 5 and "batch" in summary["setting"]["run"]
     text = capsys.readouterr().out
     assert "kNN (k 5), pixels" in text and "linear probe" in text
     line = read(run / "journal.jsonl")[-1]

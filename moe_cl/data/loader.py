@@ -6,7 +6,6 @@ counts positions used by optimizer steps (``used()``), never what was prefetched
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import logging
@@ -15,11 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from moe_cl.config import ConfigError, DataConfig
+from moe_cl.data import worker
 from moe_cl.data.decode import check_decoder
 from moe_cl.data.faults import DataStop, SourceLost, Tally, TooManyFaults
 from moe_cl.data.index import Dataset, resolve
@@ -163,7 +162,7 @@ class Loader:
             maker = BatchMaker(self.dataset, self.order, self.spec, self.cfg)
             self._processes = DataLoader(
                 maker, batch_size=None, sampler=self._plan, num_workers=workers, collate_fn=_as_it_is,
-                worker_init_fn=_worker, pin_memory=self.pin, **more,
+                worker_init_fn=worker.begin, pin_memory=self.pin, **more,
             )  # fmt: skip
         self._plan.start = self._epoch, self._cursor
         self._made = iter(self._processes)
@@ -220,11 +219,6 @@ class _Plan(Sampler):
 
 def _as_it_is(made: Made) -> Made:
     return made
-
-
-def _worker(number: int) -> None:
-    cv2.setNumThreads(0)  # torch's DataLoader already sets one torch thread
-    gc.freeze()  # a collection would write to every inherited page, and each process would get its own copy
 
 
 def _check(cfg: DataConfig, global_batch: int, micro_batch: int, world: int) -> None:

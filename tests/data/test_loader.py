@@ -2,6 +2,10 @@
 
 import itertools
 import logging
+import os
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -208,3 +212,35 @@ def test_a_killed_worker_is_named(pattern):
     with pytest.raises(RuntimeError, match="loading process died"):
         for _ in range(30):
             next(source)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_from_elsewhere_do_not_end_the_workers(pattern, number):
+    """A scheduler signals every process of a run; the rank must be able to finish its step and save."""
+    source, alone = loader(pattern, workers=2), loader(pattern)
+    begin = take(source, 1)
+    workers = source._made._workers
+    for process in workers:
+        subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)
+    time.sleep(0.2)
+    same(begin + take(source, 20), take(alone, 21))  # over the epoch's end too: nothing is missing
+    assert all(process.is_alive() for process in workers)
+    source.close()
+    for process in workers:
+        process.join(20)
+    assert [process.exitcode for process in workers] == [0, 0]
+
+
+def _stuck(index):
+    time.sleep(600)
+
+
+def test_a_rank_can_end_a_worker_that_does_not_listen(pattern, monkeypatch):
+    monkeypatch.setattr("moe_cl.data.samples.BatchMaker.__getitem__", lambda self, item: _stuck(item))
+    source = loader(pattern, workers=1)
+    (process,) = source._made._workers
+    time.sleep(0.5)
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)  # as torch does, and multiprocessing at the interpreter's end
+    process.join(20)
+    assert process.exitcode == 0 and time.monotonic() - begin < 10

@@ -100,6 +100,27 @@ class Tally:
                             "\n  ".join(self.worst))  # fmt: skip
 
 
+class LeftOut:
+    """Samples that one pass of an evaluation goes without: named in the log (the 1st, 2nd, 4th, 8th ...) and counted.
+
+    Args:
+        samples: how many the pass has. max_bad_fraction: of these (judged over at least ``LEAST_SEEN``).
+    """
+
+    def __init__(self, samples: int, max_bad_fraction: float):
+        self.samples, self.max_bad_fraction = samples, max_bad_fraction
+        self.counts: Counter[str] = Counter()
+
+    def add(self, fault: str, text: str) -> None:
+        """One more. Raises TooManyFaults."""
+        self.counts[fault] += 1
+        bad = self.counts.total()
+        if bad & (bad - 1) == 0:
+            log.warning("%s; left out of the evaluation", text)
+        if bad > self.max_bad_fraction * max(self.samples, LEAST_SEEN):
+            raise TooManyFaults(f"{bad} of {self.samples} evaluation samples are bad: {dict(self.counts)}")
+
+
 def describe(event: dict[str, Any]) -> str:
     """One line of an event."""
     if event["name"] == "bad_sample":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,13 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_cl.config import ConfigError, DataConfig
 from moe_cl.data import faults
-from moe_cl.data.faults import DataStop, SampleFault, TooManyFaults
+from moe_cl.data.faults import DataStop, LeftOut, SampleFault
 from moe_cl.data.index import resolve
 from moe_cl.data.remote import Patience, patiently
 from moe_cl.data.samples import Images, Made
 from moe_cl.views.spec import NORMALIZE, eval_view
-
-log = logging.getLogger("moe_cl.data")
 
 
 class LabelledLoader:
@@ -67,17 +64,12 @@ class LabelledLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        bad = 0
-        self.counts.clear()
+        left_out = LeftOut(self.samples, self._max_bad)
+        self.counts = left_out.counts
         for made in self._loader:
             for event in made.events:
-                self.counts[event["fault"]] += 1
-                bad += 1
-                if bad & (bad - 1) == 0:
-                    log.warning("%s; left out of the evaluation", faults.describe(event))
+                left_out.add(event["fault"], faults.describe(event))
             made.check()
-            if bad > self._max_bad * max(self.samples, faults.LEAST_SEEN):
-                raise TooManyFaults(f"{bad} of {self.samples} evaluation samples are bad: {dict(self.counts)}")
             if len(made.batch[1]):
                 yield made.batch
 

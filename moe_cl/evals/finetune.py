@@ -9,6 +9,7 @@ Semi-supervised runs take part of the training set, by seed or by a list, and ma
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -27,11 +28,15 @@ from moe_cl import rng
 from moe_cl.arguments import real, whole
 from moe_cl.comm import mean_gradients
 from moe_cl.config import ConfigError
+from moe_cl.data.faults import IN_A_ROW, SampleFault, TooManyFaults
+from moe_cl.evals.sets import picture
 from moe_cl.models.backbone import set_drop_path
 from moe_cl.views.spec import NORMALIZE
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
+
+log = logging.getLogger("moe_cl.data")
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,17 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class Augmented(Dataset):
-    """``augmented[epoch, i, repeat]`` = (C, S, S) tensor and label."""
+    """``augmented[epoch, i, repeat]`` = (C, S, S) tensor and label of image i, one of ``chosen``.
 
-    def __init__(self, images: Dataset, size: int, normalize: str, recipe: Recipe, seed: int):
+    In the place of a broken image comes the next good one of ``chosen``, so that batches keep their size on every rank.
+    """
+
+    def __init__(self, images: Dataset, chosen: np.ndarray, size: int, normalize: str, recipe: Recipe, seed: int):
         from timm.data import create_transform
 
-        self.images, self.seed = images, seed
+        self.images, self.seed, self._bad = images, seed, set()
+        ids = np.unique(chosen)
+        self._next = dict(zip(ids.tolist(), np.roll(ids, -1).tolist(), strict=True))
         mean, std = NORMALIZE[normalize]
         self.transform = create_transform(
             size, is_training=True, scale=(recipe.scale_min, 1.0), color_jitter=recipe.jitter or None,
@@ -107,10 +117,22 @@ class Augmented(Dataset):
         from PIL import Image
 
         epoch, i, repeat = key
-        image, label = self.images[i]
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+        image, label = self._good(i)
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         with seeded(self.seed, epoch, i, repeat):
             return self.transform(image), int(label)
+
+    def _good(self, i: int) -> tuple[Any, Any]:
+        most = min(IN_A_ROW, len(self._next))
+        for _ in range(most):
+            try:
+                return picture(self.images, i)
+            except SampleFault as fault:
+                if i not in self._bad:
+                    log.warning("sample %d: %s; the next one takes its place", i, fault)
+                self._bad.add(i)
+                i = self._next[i]
+        raise TooManyFaults(f"{most} training images in a row cannot be read; mend the set")
 
 
 def order(chosen: np.ndarray, epoch: int, recipe: Recipe, seed: int, rank: int, world: int) -> list[list[Any]]:
@@ -165,7 +187,7 @@ def train(
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
-    data = Augmented(images, ctx.size, ctx.normalize, recipe, args.seed)
+    data = Augmented(images, chosen, ctx.size, ctx.normalize, recipe, args.seed)
     dtype, losses, step = DTYPES[args.dtype], [], 0
     for epoch in range(recipe.epochs):
         batches = order(chosen, epoch, recipe, args.seed, comm.rank, comm.world)
@@ -252,6 +274,9 @@ def run(ctx: Context) -> dict[str, Any]:
     images = sets.images_of(ctx.source(True), True, ctx.size)
     labels = np.array(_labels(images))
     chosen = part_of(labels, args.fraction, args.listed, args.seed)
+    if (labels[chosen] < 0).all():
+        raise ConfigError(f"{ctx.source(True)}: none of the chosen training images has a label")
+    chosen = chosen[labels[chosen] >= 0]
     classes = int(labels.max()) + 1
     if min(recipe.batch, len(chosen)) < ctx.comm.world:
         raise ConfigError(f"{len(chosen)} training images are fewer than the {ctx.comm.world} ranks")

@@ -199,6 +199,7 @@ def _augmented(
     more: dict[str, float] = {}  # of the best epoch
     for epoch in range(protocol.epochs):
         x, y = ctx.features(True, encode, view=crop_and_flip(ctx, epoch))
+        x, y = x[y >= 0], y[y >= 0]  # as the plain view's loader has it
         if not torch.equal(y, labels):
             raise RuntimeError("the training set changed between two passes over it")
         sweep.epoch(x[fit], y[fit], generator)

@@ -10,10 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moe_cl.config import ConfigError
+from moe_cl.config import ConfigError, DataConfig
+from moe_cl.data import faults
+from moe_cl.data.faults import LeftOut, SampleFault
 from moe_cl.data.loader import LabelledLoader
 from moe_cl.models.build import nearest
 from moe_cl.views.spec import eval_view
@@ -115,18 +118,20 @@ def open_set(
         source: see ``SOURCES``. train: which half of a set that has two.
         view: makes the image tensor from the decoded image and its id; None = the plain evaluation view.
 
+    A broken image is left out, named in the log and counted, whatever the set and the view.
+
     Raises:
-        ConfigError: no such set, or torchvision cannot find its files.
+        ConfigError: no such set, or torchvision cannot find its files. From the iteration: DataStop.
     """
     if view is None and source.partition(":")[0] not in ("folder", "torchvision"):
         return LabelledLoader(source, size, normalize, batch, rank, world, workers, interpolation=interpolation)
     images = images_of(source, train, size)
     view = view or (lambda image, _: eval_view(image, size, normalize, interpolation))
     loader = DataLoader(
-        _Views(images, view, rank, world), batch_size=batch, num_workers=workers, collate_fn=_stack,
+        _Views(images, view, rank, world), batch_size=batch, num_workers=workers, collate_fn=list,
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
-    return loader
+    return _Good(loader)
 
 
 def images_of(source: str, train: bool, size: int) -> Dataset:
@@ -177,7 +182,6 @@ class _Shards(Dataset):
     """Decoded images of this project's shards."""
 
     def __init__(self, pattern: str, size: int):
-        from moe_cl.config import DataConfig
         from moe_cl.data.index import resolve
         from moe_cl.data.samples import Images
 
@@ -199,8 +203,17 @@ class _Shards(Dataset):
         return self.images.decode(next(iter(self.images.reader.read(ids)))), int(self.images.reader.labels(ids)[0][0])
 
 
+def picture(images: Dataset, i: int) -> tuple[np.ndarray | Image.Image, Any]:
+    """``images[i]`` of ``images_of``, RGB, and its label. Raises SampleFault if it cannot be decoded."""
+    try:
+        image, label = images[i]
+        return image if isinstance(image, np.ndarray) else image.convert("RGB"), label
+    except (OSError, SyntaxError) as error:  # what Pillow says of a broken file
+        raise SampleFault(faults.CORRUPT_IMAGE, " ".join(str(error).split())[:200]) from None
+
+
 class _Views(Dataset):
-    """This rank's samples as (view, label, id)."""
+    """This rank's samples as (view, label, id); (fault, text) of a broken one."""
 
     def __init__(self, images: Dataset, view: View, rank: int, world: int):
         self.images, self.view, self.ids = images, view, range(rank, len(images), world)
@@ -208,11 +221,29 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Any, int]:
-        image, label = self.images[self.ids[i]]
-        if not isinstance(image, np.ndarray):
-            image = np.asarray(image.convert("RGB"))
-        return self.view(image, self.ids[i]), voc_labels(label) if isinstance(label, dict) else label, self.ids[i]
+    def __getitem__(self, i: int) -> tuple[Tensor, Any, int] | tuple[str, str]:
+        try:
+            image, label = picture(self.images, self.ids[i])
+        except SampleFault as fault:
+            return fault.name, f"sample {self.ids[i]}: {fault}"
+        view = self.view(np.asarray(image), self.ids[i])
+        return view, voc_labels(label) if isinstance(label, dict) else label, self.ids[i]
+
+
+class _Good:
+    """The batches of a DataLoader of ``_Views``, broken images left out."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        left_out = LeftOut(len(self._loader.dataset), DataConfig().max_bad_fraction)
+        for items in self._loader:
+            for fault in (item for item in items if len(item) == 2):
+                left_out.add(*fault)
+            if good := [item for item in items if len(item) == 3]:
+                views, labels, ids = zip(*good, strict=True)
+                yield torch.stack(views), torch.tensor(labels), torch.tensor(ids)
 
 
 VOC_CLASSES = (
@@ -231,8 +262,3 @@ def voc_labels(annotation: dict[str, Any]) -> list[int]:
         else:
             marks[c] = 1
     return marks
-
-
-def _stack(items: list[tuple[Tensor, Any, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    views, labels, ids = zip(*items, strict=True)
-    return torch.stack(views), torch.tensor(labels), torch.tensor(ids)

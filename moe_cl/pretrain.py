@@ -13,12 +13,13 @@ import torch
 from moe_cl import config, spans
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.comm import Comm
-from moe_cl.config import RunConfig
+from moe_cl.config import ConfigError, RunConfig
 from moe_cl.data.ahead import Ahead
+from moe_cl.data.faults import DataStop
 from moe_cl.data.loader import Loader
 from moe_cl.data.order import digest_hex
 from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
-from moe_cl.engine.checkpoint import Checkpointer, store
+from moe_cl.engine.checkpoint import Checkpointer
 from moe_cl.engine.flops import count as count_flops
 from moe_cl.engine.guard import Guard
 from moe_cl.engine.optim import set_hyper
@@ -47,11 +48,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         stack.callback(loader.close)
         per_epoch = loader.steps_per_epoch
         total = schedules.total_steps(cfg.schedule, per_epoch)
-        last = store.latest_complete(out)
-        if last is not None and store.step_of(last) >= total:
-            if me.rank == 0:
-                print(f"{out}: all {total} steps are done already ({last.name}); nothing to resume")
-            return 0
         comm = ranks.init(me, cfg.engine.collective_timeout)
         built = setup.build(cfg, comm)
         if built.device.type == "cpu":
@@ -65,7 +61,12 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             )
         )  # fmt: skip
         guard.watch(comm, parts.engine, parts.student)
-        state = (checkpoints.load() if cfg.resume else None) or begin_from(cfg, checkpoints, me.rank)
+        state = checkpoints.load() if cfg.resume else None
+        if state is not None and state["step"] >= total:  # verified: a damaged last one was passed over
+            if me.rank == 0:
+                print(f"{out}: all {total} steps are done already; nothing to resume")
+            return 0
+        state = state or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:
             loader.load_state_dict(state["loader"])
         track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
@@ -73,7 +74,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         driver = large_batch.step if cfg.batch.exact_large_batch else step.step
         knn_every = round(cfg.eval.knn_every * per_epoch)
-        metrics: dict[str, float] = state.get("metrics", {})  # of the last evaluation, for checkpoint.keep_best
 
         ahead = Ahead(loader)
         parts.stop = lambda: guard.requested() or ahead.failed is not None
@@ -99,11 +99,11 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             values |= {"images_per_second": batch.global_batch / seconds, "data_wait": data.seconds / seconds}
             more = {"sample_ids": sample_ids(micro_batches, comm)} if cfg.data.log_sample_ids else {}
             track.step(done, values, digest_hex(agreed.digest), **more)
+            metrics = {}  # of this very step: checkpoint.keep_best compares checkpoints by them
             if knn_every and (done % knn_every == 0 or done == total):
-                found = online_knn(cfg, built.evaluated, comm, built.device, built.dtype)
-                track.evaluation("knn", done, found)
-                metrics = {f"knn/{name}": float(value) for name, value in found.items()}
+                metrics = evaluate(cfg, built, track, done)
             saving = done % save_every == 0 or done == total or agreed.stop
+            saving = saving or bool(metrics and cfg.checkpoint.keep_best)
             if saving:
                 place = {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id, "metrics": metrics}
                 checkpoints.save(done, place)
@@ -121,6 +121,17 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         for event in checkpoints.drain_events():
             track.event(**event)
     return 0
+
+
+def evaluate(cfg: RunConfig, built: setup.Built, track: Tracking, done: int) -> dict[str, float]:
+    """The online kNN's figures by name; none, and an event, if its data cannot be read: that does not end a run."""
+    try:
+        found = online_knn(cfg, built.evaluated, built.parts.comm, built.device, built.dtype)
+    except (DataStop, ConfigError) as error:  # every rank has the same one
+        track.evaluation_failed("knn", done, str(error))
+        return {}
+    track.evaluation("knn", done, found)
+    return {f"knn/{name}": float(value) for name, value in found.items()}
 
 
 def data_lost(ahead: Ahead, comm: Comm, track: Tracking, done: int) -> int:

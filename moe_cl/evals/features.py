@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+from moe_cl.data.faults import DataStop
 
+T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]  # images (b, C, H, W) -> features (b, D)
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels (b,), ids (b,): this rank's part of a set
 
@@ -20,13 +23,19 @@ def extract(encode: Encode, loader: Batches, comm: Comm | None = None) -> tuple[
 
     Each rank encodes its own part; parts may differ in size. While one rank still has batches the others encode a
     blank image and drop it, because expert-parallel layers exchange tokens in every forward.
+
+    Raises the DataStop or ConfigError of one rank's data on every rank.
     """
     comm = comm or LocalComm()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     iterator = iter(loader)
     while True:
-        batch = next(iterator, None)
-        shapes = comm.gather_objects(None if batch is None else tuple(batch[0].shape[1:]))
+        batch = error = None
+        try:
+            batch = next(iterator, None)
+        except (DataStop, ConfigError) as reason:
+            error = reason
+        shapes = _all(comm, None if batch is None else tuple(batch[0].shape[1:]), error)
         shape = next((s for s in shapes if s is not None), None)
         if shape is None:
             return _together(parts, comm)
@@ -34,6 +43,25 @@ def extract(encode: Encode, loader: Batches, comm: Comm | None = None) -> tuple[
             encode(torch.zeros(1, *shape))
         else:
             parts.append((encode(batch[0]).float(), batch[1], batch[2]))
+
+
+def opened(open_sets: Callable[[], T], comm: Comm) -> T:
+    """What ``open_sets()`` gives on this rank. Raises the DataStop or ConfigError of one rank on every rank."""
+    out = error = None
+    try:
+        out = open_sets()
+    except (DataStop, ConfigError) as reason:
+        error = reason
+    _all(comm, None, error)
+    return out
+
+
+def _all(comm: Comm, value: Any, error: Exception | None) -> list[Any]:
+    """Every rank's ``value``; if one rank has an error, all raise it, who would else wait for that rank's next word."""
+    values, errors = zip(*comm.gather_objects((value, error)), strict=True)
+    if found := next((e for e in errors if e is not None), None):
+        raise type(found)(*found.args)
+    return list(values)
 
 
 def _together(parts: list[tuple[Tensor, Tensor, Tensor]], comm: Comm) -> tuple[Tensor, Tensor]:

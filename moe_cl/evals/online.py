@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from moe_cl.comm import Comm
 from moe_cl.config import RunConfig
 from moe_cl.data.loader import LabelledLoader
-from moe_cl.evals.features import encoder, extract, frozen
+from moe_cl.evals.features import encoder, extract, frozen, opened
 from moe_cl.evals.knn import knn
+from moe_cl.models.norm import batch_norms
 
 BATCH = 256
 
@@ -26,18 +27,32 @@ def sets(cfg: RunConfig, rank: int = 0, world: int = 1) -> tuple[LabelledLoader,
     return bank, test
 
 
+@torch.no_grad()
+def share_running(module: nn.Module, comm: Comm) -> None:
+    """Give every rank rank 0's running statistics of batch norm. Those of a rank's own batches (MoCo v1, v2, JCL)
+    differ between ranks; a checkpoint holds rank 0's, and no training step reads them."""
+    if comm.world > 1:
+        for norm in batch_norms(module):
+            for value in (norm.running_mean, norm.running_var):
+                comm.broadcast(value)
+
+
 def features(
     encode: Callable[[Tensor], Tensor], cfg: RunConfig, comm: Comm
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(features, labels) of bank and test set."""
-    bank, test = sets(cfg, comm.rank, comm.world)
+    """(features, labels) of bank and test set. Raises DataStop or ConfigError, on all ranks, if one cannot read."""
+    bank, test = opened(lambda: sets(cfg, comm.rank, comm.world), comm)
     return extract(encode, bank, comm), extract(encode, test, comm)
 
 
 def online_knn(
     cfg: RunConfig, module: nn.Module, comm: Comm, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, float]:
-    """kNN top-1 and top-5 of ``module.backbone`` with the config's bank, test set, k and temperature."""
+    """kNN top-1 and top-5 of ``module.backbone`` with the config's bank, test set, k and temperature.
+
+    Raises DataStop or ConfigError, on every rank, if the sets cannot be read on one.
+    """
+    share_running(module, comm)
     with frozen(module):
         encode = encoder(module.backbone, device, dtype=dtype)
         (bank, bank_labels), (test, test_labels) = features(encode, cfg, comm)

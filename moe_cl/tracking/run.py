@@ -88,6 +88,11 @@ class Tracking:
         self.journal.evaluation(name, step, dict(values))
         self.progress.say(f"step {step}  {name}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
+    def evaluation_failed(self, name: str, step: int, reason: str) -> None:
+        """An evaluation that could not be made; the run goes on."""
+        self.journal.event("evaluation_failed", step, evaluation=name, reason=reason)
+        self.progress.say(f"step {step}  {name}  failed: {reason}; the run goes on")
+
     def killed(self) -> None:
         """The run ends early because it was told to (a signal)."""
         self.status = "KILLED"

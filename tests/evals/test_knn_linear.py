@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import ConfigError
-from moe_cl.evals.features import changed, encoder, extract, fingerprint, frozen
+from moe_cl.data.faults import SourceLost
+from moe_cl.evals.features import changed, encoder, extract, fingerprint, frozen, opened
 from moe_cl.evals.knn import knn, neighbours, vote
 from moe_cl.evals.linear import PROTOCOLS, Protocol, Sweep, linear_probe, split, train_sweep
 from moe_cl.evals.metrics import metric
@@ -51,6 +52,31 @@ def test_features_are_whole_and_in_order_on_every_rank(world, n, batch):
 def test_an_empty_set_is_named():
     with pytest.raises(ConfigError, match="empty"):
         extract(lambda x: x, [], LocalComm())
+
+
+@pytest.mark.parametrize("error", [SourceLost("https://x is away"), ConfigError("no such data")])
+def test_one_ranks_lost_data_ends_the_features_of_all(error):
+    """Every rank raises what one has met; none waits for a rank that has left."""
+
+    def broken(comm):
+        yield torch.zeros(2, 1, 2, 2), torch.zeros(2).long(), torch.arange(2)
+        if comm.rank == 1:
+            raise error
+        yield torch.zeros(2, 1, 2, 2), torch.zeros(2).long(), torch.arange(2, 4)
+
+    def sets(comm):
+        if comm.rank == 2:
+            raise error
+        return comm.rank
+
+    def one(comm):
+        with pytest.raises(type(error), match=str(error)):
+            extract(lambda x: x.flatten(1), broken(comm), comm)
+        with pytest.raises(type(error), match=str(error)):
+            opened(lambda: sets(comm), comm)
+        return opened(lambda: comm.rank, comm)
+
+    assert SimComm.run(3, one) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", ["k0", "k1", "k2"])

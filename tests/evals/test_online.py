@@ -1,13 +1,19 @@
-"""kNN inside pretraining with experts over two ranks, one without a test image; and an evaluation under torchrun."""
+"""kNN inside pretraining over ranks: one without a test image, its own batch norm, lost data; and under torchrun."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import types
 
 import pytest
+import torch
 
 from moe_cl.cli import main
+from moe_cl.comm import LocalComm, SimComm
+from moe_cl.config import RunConfig
+from moe_cl.evals.online import online_knn
+from moe_cl.models.norm import BatchNorm
 from moe_cl.tracking.journal import read
 from tests.pool import free_port
 from tests.small import ENV, ROOT, launch, make_shards, settings
@@ -38,3 +44,48 @@ def test_two_ranks_give_one_processs_figures(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert values(out, "shared") == pytest.approx(values(out, "alone"))
+
+
+class Brightness(torch.nn.Module):
+    """A backbone of one batch norm: the mean of each channel, then normalised."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.norm = BatchNorm(3, affine=False)
+        self.norm.running_mean.fill_(mean)
+
+    def forward(self, views):
+        return types.SimpleNamespace(features=self.norm(views[0].mean((2, 3))))
+
+
+def test_every_rank_measures_with_the_batch_norm_of_the_checkpoint(tmp_path):
+    """MoCo's running statistics are each rank's own; rank 0's are those that a checkpoint holds."""
+    data = make_shards(tmp_path, images=60)
+    cfg = RunConfig()
+    cfg.eval.bank = cfg.eval.test = str(data)
+    cfg.eval.k, cfg.views.size = 3, 16
+
+    def measured(comm):
+        module = torch.nn.Module()
+        module.backbone = Brightness(1e6 * comm.rank).train()
+        found = online_knn(cfg, module, comm, torch.device("cpu"), None)
+        return found, module.backbone.training, module.backbone.norm.running_mean.tolist()
+
+    alone = measured(LocalComm())
+    assert alone[0]["top1"] > 0.9
+    assert SimComm.run(3, measured) == [alone] * 3
+
+
+def test_an_evaluation_without_its_data_is_said_and_the_run_goes_on(tmp_path):
+    data, bank, out = make_shards(tmp_path / "data"), make_shards(tmp_path / "bank"), tmp_path / "run"
+    for tar in sorted(bank.glob("*.tar")):
+        tar.write_bytes(b"\0" * tar.stat().st_size)  # the index stays, so the check before the start is content
+    sets = [f"eval.bank={bank}", f"eval.test={data}", "eval.knn_every=0.5", "eval.k=5", "data.max_bad_fraction=0"]
+    done = launch(2, *settings(data, out, "moe.ep_size=2", *sets, "checkpoint.keep_best=knn/top1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = read(out / "journal.jsonl")
+    failed = [line for line in lines if line.get("name") == "evaluation_failed"]
+    assert [(line["step"], line["evaluation"]) for line in failed] == [(3, "knn"), (6, "knn")]
+    assert "evaluation samples are bad" in failed[0]["reason"] and "the run goes on" in done.stdout
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 7))
+    assert not [line for line in lines if line["kind"] == "evaluation"]

@@ -56,7 +56,7 @@ def refuse(capsys, *argv):
         ("seed=-1", "seed -1 must be at least 0"),
         ("views.size=20", "views (views.size, views.local_size) of 20 x 20 px cannot be cut into patches of 8"),
         ("engine.statistics=foo", "engine.statistics: 'foo' is not global, published or 'group: N'"),
-        ("engine.statistics='group: 5'", "groups of 5 images do not divide a global batch of 16"),
+        ("engine.statistics='group: 5'", "groups of 5 images do not divide the 16 of a micro-batch"),
         ("model.init_from=nowhere.pt", "model.init_from=nowhere.pt: no such file or directory"),
         ("model.init_from=moe_cl", "model.init_from=moe_cl: no complete checkpoint there"),
         ("model.init_from=README.md", "README.md: no"),

@@ -12,6 +12,7 @@ from moe_cl import config, methods
 from moe_cl.comm import LocalComm
 from moe_cl.engine import optim, schedules
 from moe_cl.engine.setup import build_method
+from moe_cl.losses import groups
 from moe_cl.recipes.cli import commands, sweep_names
 from moe_cl.views.spec import Batch, build_spec
 from tests.guide import DOCS
@@ -51,6 +52,8 @@ def cut(name: str) -> config.RunConfig:
         sizes += ["views.local_number=2"]
     if cfg.moe.blocks != "none" or "vmoe" in kind:
         sizes += ["moe.experts=4", "moe.ep_size=1"]
+    if cfg.engine.statistics.startswith("group"):
+        sizes += ["engine.statistics='group: 2'"]
     return config.load(name, sizes, methods.params_of)
 
 
@@ -115,6 +118,14 @@ def test_sweeps_resolve(name):
         recipe, settings = words[words.index("--recipe") + 1], [w for w in words if "=" in w]
         cfg = config.load(recipe, settings, methods.params_of)
         build_spec(cfg.views)
+
+
+def test_statistics_are_those_of_the_papers_ranks():
+    """Images a group = global batch / GPUs of the paper."""
+    ranks_of = {"crmoe_vmoe_small_100ep": 16, "naive_vmoe_small_100ep": 16, "crmoe_vmoe_small_300ep": 32}
+    for name, ranks in ranks_of.items():
+        cfg = config.load(name, [], methods.params_of)
+        assert groups.check(cfg.engine.statistics, cfg.batch.global_batch) == cfg.batch.global_batch // ranks
 
 
 def test_effective_learning_rates():

@@ -44,13 +44,13 @@ def settings(shards: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(ranks: int, *options: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """``deepspeed --num_accelerators RANKS --module moe_cl pretrain ...`` (0: without a launcher)."""
+def launch(ranks: int, *options: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """``deepspeed --num_accelerators RANKS --module moe_cl pretrain ...`` (0: no launcher), with ``env`` set."""
     command = [sys.executable, "-m", "moe_cl"]
     if ranks:
         command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_port()), "--module", "moe_cl"]
     return subprocess.run(
-        [*command, "pretrain", *options], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout
+        [*command, "pretrain", *options], cwd=ROOT, env={**ENV, **env}, capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from moe_cl.config import ConfigError
-from moe_cl.engine.ranks import Ranks, from_environment
+from moe_cl.engine.ranks import Ranks, from_environment, pins
 from tests.small import ENV, ROOT, make_shards, settings
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
@@ -100,3 +101,15 @@ def test_a_port_in_use_is_one_line(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env={**ENV, **who}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"moe_cl: port {who['MASTER_PORT']} is in use on {socket.gethostname()}" in done.stderr
+
+
+def test_batches_are_pinned_for_the_ranks_own_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not pins(Ranks(5, 1, 8, 4)) and chosen == []
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert pins(Ranks(5, 1, 8, 4)) and chosen == [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not pins(Ranks(5, 1, 8, 4))

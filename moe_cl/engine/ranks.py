@@ -58,6 +58,20 @@ def from_environment() -> Ranks:
     return Ranks()
 
 
+def pins(ranks: Ranks) -> bool:
+    """Whether batches should be pinned, so that their copies do not wait: this rank has a CUDA device, chosen here.
+
+    Before the loader starts: torch's pinning thread works on the device of the thread that started it, so every rank
+    of a node would hold a context on the first one.
+    """
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not torch.cuda.is_available():
+        return False
+    torch.cuda.set_device(ranks.local_rank)
+    return True
+
+
 def init(ranks: Ranks, timeout: float) -> Comm:
     """Join the process group (gloo on the CPU accelerator, else the accelerator's own) with one collective time-out."""
     # Compiled parts of DeepSpeed (GPU) belong to this installation: two sharing a cache compile over each other.

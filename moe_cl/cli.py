@@ -97,7 +97,8 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     except SourceLost as error:
         raise ConfigError(str(error)) from None
     loader.close()
-    checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, loader.steps_per_epoch))
+    per_epoch = loader.steps_per_epoch
+    checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, per_epoch), per_epoch)
     for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
         if pattern and (cfg.eval.knn_every or not pattern.startswith(("folder:", "torchvision:"))):
             images = len(resolve(pattern))

@@ -202,9 +202,12 @@ def check_folder(option: str, folder: str) -> None:
         raise ConfigError(f"{option} {folder} cannot be written ({place}: {error.strerror}); choose another") from None
 
 
-def check_same_run(cfg: RunConfig, total: int) -> None:
+def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> None:
     """An out dir holds one run: ConfigError if ``cfg`` would start another one there, go on as another one, or (when
-    its ``total`` steps are done) would change it without an effect."""
+    its ``total`` steps are done) would change it without an effect.
+
+    ``per_epoch``: steps an epoch now. Schedules are functions of step and epoch: all would jump with another.
+    """
     out = Path(cfg.out)
     if (last := store.latest_complete(out)) is None:
         return
@@ -219,16 +222,30 @@ def check_same_run(cfg: RunConfig, total: int) -> None:
             )
     before, now = settings.flatten(theirs), settings.flatten(mine)
     for key, value in now.items():
-        if key.startswith("schedule.") and key not in STOPS and key in before and before[key] != value:
+        shapes = key == "batch.global_batch" or (key.startswith("schedule.") and key not in STOPS)
+        if shapes and key in before and before[key] != value:
             raise ConfigError(
                 f"{out} holds a run with {key}={before[key]}, not {value}: a schedule cannot change midway; "
                 "choose another --out"
             )
+    if per_epoch is not None and (was := steps_per_epoch(last)) not in (None, per_epoch):
+        raise ConfigError(
+            f"{out} holds a run of {was} steps an epoch, this data set gives {per_epoch} (data.train, data.repeat, "
+            "data.streams): its schedule cannot change midway; choose another --out"
+        )
     if store.step_of(last) < total:
         return
     for key, value in now.items():
         if key.split(".")[0] in SHAPING and key not in LAYOUT and key in before and before[key] != value:
             raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
+
+
+def steps_per_epoch(checkpoint: Path) -> int | None:
+    """What the run of a checkpoint had; None where it is not said (or cannot be read: loading says what is wrong)."""
+    try:
+        return json.loads((checkpoint / "extra.json").read_text())["extra"].get("steps_per_epoch")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def check(cfg: RunConfig, world: int) -> BatchIdentity:

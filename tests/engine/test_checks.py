@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_cl import config
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import checks
 
@@ -98,3 +99,30 @@ def test_clipping_is_always_written_and_precision_filled_in():
     assert checks.precision_of(config) == "bf16"
     assert config["train_batch_size"] == 256 and config["train_micro_batch_size_per_gpu"] == 128
     assert checks.precision_of(checks.ds_config(make(engine__precision="fp32"), 2, True)) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_epoch", "says"),
+    [
+        ({}, 7, None),
+        ({"batch__micro_batch": 32, "schedule__max_steps": 9}, 7, None),
+        ({"batch__global_batch": 512}, 7, "holds a run with batch.global_batch=256, not 512"),
+        ({"schedule__epochs": 3.0}, 7, "holds a run with schedule.epochs=100.0, not 3.0"),
+        ({}, 8, "holds a run of 7 steps an epoch, this data set gives 8"),
+    ],
+)
+def test_a_schedule_stays_what_it_is(tmp_path, changes, per_epoch, says):
+    """A run that goes on keeps its batch and its steps an epoch."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint / "extra.json").write_text(json.dumps({"step": 3, "extra": {"steps_per_epoch": 7}}))
+    config.save(make(), tmp_path / "config.yaml")
+    cfg = make(**changes)
+    cfg.out, cfg.resume = str(tmp_path), True
+    if says is None:
+        checks.check_same_run(cfg, 700, per_epoch)
+        return
+    with pytest.raises(ConfigError) as error:
+        checks.check_same_run(cfg, 700, per_epoch)
+    assert says in str(error.value) and "\n" not in str(error.value)

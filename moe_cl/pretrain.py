@@ -44,7 +44,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         guard = stack.enter_context(Guard(out, me.rank, me.world))
         # The loader first: what is wrong with the data is said before any rank meets another.
         sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
-        loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world)
+        loader = Loader(cfg.data, spec, seed=cfg.seed, **sizes, rank=me.rank, world=me.world, pin=ranks.pins(me))
         stack.callback(loader.close)
         per_epoch = loader.steps_per_epoch
         total = schedules.total_steps(cfg.schedule, per_epoch)
@@ -106,6 +106,8 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             saving = saving or bool(metrics and cfg.checkpoint.keep_best)
             if saving:
                 place = {"step": done, "loader": loader.state_dict(), "mlflow_run": track.run_id, "metrics": metrics}
+                place["steps_per_epoch"] = per_epoch
+                track.journal.sync()  # no checkpoint is newer than the journal, whatever happens to the machine
                 checkpoints.save(done, place)
             if saving or done % EVENTS_EVERY == 0:
                 for event in sum(comm.gather_objects(loader.drain_events()), checkpoints.drain_events()):
@@ -145,7 +147,7 @@ def data_lost(ahead: Ahead, comm: Comm, track: Tracking, done: int) -> int:
 
 def sample_ids(batches: list[Batch], comm: Comm) -> list[int]:
     """The ids of the global batch, rank after rank."""
-    return comm.all_gather(torch.cat([batch.sample_ids for batch in batches])).tolist()
+    return sum(comm.gather_objects(torch.cat([batch.sample_ids for batch in batches]).tolist()), [])
 
 
 def begin_from(cfg: RunConfig, checkpoints: Checkpointer, rank: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Guard:
         self.out, self.rank, self.world = Path(out), rank, world
         self.signals, self._stack = Preemption(), contextlib.ExitStack()
         self.requested = self.signals.requested
-        self._student: nn.Module | None = None
+        self._trained: tuple[nn.Module, Any, Comm] | None = None
         self._now: tuple[int, Sequence[Any]] = (0, ())
 
     def __enter__(self) -> Guard:
@@ -51,7 +51,7 @@ class Guard:
         for module in student.modules():  # expert groups have a comm of their own
             if isinstance(own := getattr(module, "comm", None), Comm):
                 own.watch = self.heartbeat
-        self._student = student
+        self._trained = student, getattr(engine, "optimizer", None), comm
 
     def at(self, step: int, batches: Sequence[Any]) -> None:
         """Step ``step`` begins with these micro-batches."""
@@ -67,7 +67,6 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if isinstance(error, NonFiniteLoss) and self._student is not None:
-            path = explain(self.out, self.rank, self._now[0], error, self._now[1], self._student)
-            error.add_note(f"what explains it is in {path.parent}")
+        if isinstance(error, NonFiniteLoss) and self._trained is not None:
+            explain(self.out, self.rank, self._now[0], error, self._now[1], *self._trained)
         return self._stack.__exit__(kind, error, trace)

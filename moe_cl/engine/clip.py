@@ -87,7 +87,7 @@ class GradientControl:
     def _sums(self, parts: list[tuple[Fragment, int, int, int]], grads: list[Tensor], scale: float) -> Tensor:
         """(slots, 1 or 3) float64, over ranks: sum g^2, and for LARS on flat partitions sum g p and sum p^2."""
         trust = self._lars is not None and self.view.zero
-        device = grads[0].device if grads else self.view.fragments[0].param.device if self.view.fragments else "cpu"
+        device = next(self.view.module.parameters()).device  # also of a rank whose partition is padding alone
         sums = torch.zeros(len(self.slots), 3 if trust else 1, dtype=torch.float64, device=device)
         if grads:
             slots = torch.tensor([slot for _, slot, _, _ in parts], device=device)

@@ -67,13 +67,13 @@ def _all(comm: Comm, value: Any, error: Exception | None) -> list[Any]:
 def _together(parts: list[tuple[Tensor, Tensor, Tensor]], comm: Comm) -> tuple[Tensor, Tensor]:
     """All ranks' (features, labels, ids) in the order of ids."""
     mine = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else None
-    sizes = comm.gather_objects((len(mine[0]), mine[0].shape[1], mine[0].device) if mine else None)
+    sizes = comm.gather_objects((len(mine[0]), mine[0].shape[1], mine[0].device.type) if mine else None)
     if not any(sizes):
         raise ConfigError("evaluation: the data set is empty")
     rows = max(size[0] for size in sizes if size)
-    _, width, device = next(size for size in sizes if size)
-    if mine is None:
-        mine = [torch.zeros(0, width, device=device), torch.zeros(0).long(), torch.zeros(0).long()]
+    _, width, kind = next(size for size in sizes if size)
+    if mine is None:  # on this rank's own device, not the other's
+        mine = [torch.zeros(0, width, device=kind), torch.zeros(0).long(), torch.zeros(0).long()]
     counts = [size[0] if size else 0 for size in sizes]
 
     def gather(x: Tensor) -> Tensor:

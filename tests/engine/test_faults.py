@@ -1,10 +1,12 @@
 """Checkpoints that are damaged, foreign, of another model, or cannot be written: never half loaded, never unpickled."""
 
+import errno
 import json
 import os
 import pickle
 import resource
 import shutil
+import time
 import types
 
 import pytest
@@ -15,6 +17,7 @@ from moe_cl.comm import LocalComm
 from moe_cl.config import CheckpointConfig, ConfigError, OptimConfig
 from moe_cl.engine import optim
 from moe_cl.engine.checkpoint import Checkpointer, foreign, latest_complete, store
+from moe_cl.engine.checkpoint import saver as saver_module
 from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
 
 
@@ -77,6 +80,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, capsys, kind):
     assert saver.load() == {"cursor": 8}
     line = capsys.readouterr().err
     assert "step-00000002" in line and "trying the one before" in line and line.count("\n") == 1
+    assert "stays as damaged-step-00000002" in line and (out / "checkpoints" / "damaged-step-00000002").is_dir()
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-00000001"
     with pytest.raises(ConfigError, match="no checkpoint can be read: step-00000002"):
         saver.load(out / "checkpoints" / "step-00000002")
     damage(kind, out / "checkpoints" / "step-00000001")
@@ -194,6 +199,93 @@ def test_a_silent_rank_gives_the_checkpoint_up(saved, capsys):
     saver.save(3, {}, wait=True)
     assert "rank 1 wrote nothing" in capsys.readouterr().err
     assert latest_complete(out).name == "step-00000002"
+
+
+def test_a_damaged_checkpoint_takes_no_good_ones_place(saved):
+    """After falling back from a damaged step 2 to 1, a save before step 2 must not be the one that is deleted."""
+    out, _ = saved
+    damage("flipped byte", out / "checkpoints" / "step-00000002")
+    model, saver = run(out, keep_last=1)
+    assert saver.load() == {"cursor": 8}
+    saver.save(1, {"cursor": 9}, wait=True)
+    assert [p.name for p in store.complete(out)] == ["step-00000001"]
+    assert run(out)[1].load() == {"cursor": 9}
+
+
+def test_what_was_just_committed_is_never_deleted(saved):
+    out, _ = saved
+    for step in (3, 4):
+        shutil.copytree(out / "checkpoints" / "step-00000002", out / "checkpoints" / store.directory_name(step))
+    shutil.rmtree(out / "checkpoints" / "step-00000002")
+    model, saver = run(out, keep_last=1)  # nobody verified 3 and 4, and they are newer
+    saver.save(2, {"cursor": 17}, wait=True)
+    assert [store.step_of(p) for p in store.complete(out)] == [4, 2]
+
+
+def test_if_all_are_damaged_they_stay_where_they_are(saved):
+    out, _ = saved
+    for step in (1, 2):
+        damage("truncated", out / "checkpoints" / store.directory_name(step))
+    with pytest.raises(ConfigError, match="no checkpoint can be read: step-00000002"):
+        run(out)[1].load()
+    assert [store.step_of(p) for p in store.complete(out)] == [2, 1]
+
+
+def checkpointers(out, world):
+    """The savers of ``world`` ranks of one run, in this process."""
+    savers = [run(out)[1] for _ in range(world)]
+    for rank, saver in enumerate(savers):
+        saver.comm, saver.patience, saver._token = types.SimpleNamespace(rank=rank, world=world), 30, "same"
+    return savers
+
+
+def full(path, chunks):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_without_room_for_a_word_is_known_at_once(saved, capsys, monkeypatch, who):
+    """Not even its report can be written: the others must neither wait for it nor lose the directory under them."""
+    out, _ = saved
+    savers = checkpointers(out, 2)
+    begin = time.monotonic()
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "write_shard"):
+            real = getattr(saver_module, name)
+            patch.setattr(
+                saver_module, name, lambda path, x, real=real: (full if f"-{who:05d}." in path.name else real)(path, x)
+            )
+        for saver in reversed(savers):
+            saver.save(3, {})
+        for saver in savers:
+            saver.wait()
+    assert time.monotonic() - begin < 10
+    assert "no checkpoint at step 3" in capsys.readouterr().err
+    assert [e["name"] for e in savers[who].drain_events()] == ["checkpoint_failed"]
+    assert latest_complete(out).name == "step-00000002"
+    savers[1].save(4, {})
+    savers[0].save(4, {"cursor": 1}, wait=True)  # room again
+    savers[1].wait()
+    assert latest_complete(out).name == "step-00000004" and not list((out / "checkpoints").glob(".staging*"))
+
+
+def test_a_removed_stage_ends_the_wait_and_a_late_ranks_goes_at_the_next_save(saved, capsys):
+    out, _ = saved
+    savers = checkpointers(out, 2)
+    savers[0].save(3, {})
+    stage = store.staging(out, "same", 3)
+    while not (stage / "rank-00000.json").exists():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    stage.rename(out / "gone")
+    savers[0].wait()
+    assert time.monotonic() - begin < 10 and "was removed" in capsys.readouterr().err
+    savers[1].save(3, {}, wait=True)  # it comes late, and makes the directory again
+    assert stage.is_dir()
+    savers[1].save(4, {})
+    savers[0].save(4, {}, wait=True)
+    savers[1].wait()
+    assert latest_complete(out).name == "step-00000004" and not stage.exists()
 
 
 def test_retention(tmp_path):

@@ -3,12 +3,15 @@
 A save copies this rank's pieces to host memory and returns; a thread writes them. Ranks meet in the file system alone
 (a collective in a background thread could overtake one of the step's): each leaves a ``rank-N.json`` in the staging
 directory when its files are on the disk, and rank 0's thread, when all are there, merges them into the manifest,
-renames the directory and moves the pointer. A rank that cannot write says so in its file; the checkpoint is dropped.
+renames the directory and moves the pointer. A rank that cannot write says so in its file, or, without room for that, by
+an empty ``rank-N.failed``; rank 0 then drops the checkpoint, and nobody else ever removes the directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -98,6 +101,9 @@ class Checkpointer:
             texts=self._texts(step, extra) if self.comm.rank == 0 else {},
             metrics={k: float(v) for k, v in extra.get("metrics", {}).items()},
         )
+        if self.comm.rank == 0:  # a late rank may have gone on with an earlier save that was dropped
+            with contextlib.suppress(OSError):  # the save says what is wrong
+                store.remove_leftovers(self.out, but=job.stage)
         self._thread = threading.Thread(target=self._write, args=(job,), name=f"checkpoint-{step}")
         self._thread.start()
         if wait or not self.cfg.asynchronous:
@@ -147,7 +153,7 @@ class Checkpointer:
             for path in job.stage.glob(f"*-{rank:05d}.safetensors"):
                 path.unlink(missing_ok=True)  # room for the word that it failed
         try:
-            _leave(job.stage / f"rank-{rank:05d}.json", report)
+            _leave(job.stage, rank, report)
             if rank == 0:
                 size = self._commit(job)
                 seconds = time.monotonic() - begin
@@ -155,7 +161,8 @@ class Checkpointer:
                 self._events.append(event)
         except (OSError, _Failed) as error:
             reason = reason or str(getattr(error, "strerror", None) or error)
-            shutil.rmtree(job.stage, ignore_errors=True)
+            if rank == 0:
+                shutil.rmtree(job.stage, ignore_errors=True)
         if reason is not None:
             self._events.append({"name": "checkpoint_failed", "step": job.step, "reason": reason})
             if rank == 0:
@@ -182,30 +189,44 @@ class Checkpointer:
         for path in job.stage.glob("rank-*.json"):
             path.unlink()
         write_bytes(job.stage / MANIFEST, [manifest.dump().encode()])
-        store.commit(job.stage, job.step)
-        store.retain(self.out, self.cfg)
+        committed = store.commit(job.stage, job.step)
+        store.retain(self.out, self.cfg, committed)
         return sum(entry.bytes for entry in manifest.files.values())
 
     # -- loading -------------------------------------------------------------------------------------------------
     def load(self, path: str | Path | None = None) -> dict[str, Any] | None:
         """Put the newest complete checkpoint (or ``path``) into the run; returns its ``extra``, None without one.
 
-        A damaged one is passed over for the one before it, with a line. Raises ConfigError if ``path`` is damaged, if
-        all are, or if the checkpoint is of another model.
+        A damaged one is passed over for the one before it, with a line, and set aside (``store.set_aside``). Raises
+        ConfigError if ``path`` is damaged, if all are, or if the checkpoint is of another model.
         """
         candidates = [Path(path)] if path is not None else store.complete(self.out)
         candidates = [Path(p) for p in self.comm.gather_objects([str(c) for c in candidates])[0]]
-        reasons = []
+        reasons: dict[Path, str] = {}
         for candidate in candidates:
             reason = self._verify(candidate)
             if reason is None:
+                if self.comm.rank == 0:
+                    self._set_aside(reasons, candidate)
                 return self._restore(Reader(candidate))
-            reasons.append(reason)
-            if self.comm.rank == 0 and path is None:
-                print(f"warning: checkpoint {reason}; trying the one before it", file=sys.stderr, flush=True)
+            reasons[candidate] = reason
         if reasons:
-            raise ConfigError(f"no checkpoint can be read: {reasons[0]}; start in another out dir or repair the file")
+            first = next(iter(reasons.values()))
+            raise ConfigError(f"no checkpoint can be read: {first}; start in another out dir or repair the file")
         return None
+
+    def _set_aside(self, reasons: dict[Path, str], good: Path) -> None:
+        try:
+            store.set_aside(list(reasons), good)
+        except OSError as error:  # it only was in the way: the next start finds it again
+            print(f"warning: {store.root(self.out)}: {error.strerror}", file=sys.stderr, flush=True)
+        for path, reason in reasons.items():
+            kept = store.aside(path) if not path.exists() else path
+            print(
+                f"warning: checkpoint {reason}; trying the one before it (the damaged one stays as {kept.name})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def init_from(self, path: str | Path) -> start.Report:
         """Start from another run's checkpoint or a file of weights (``moe_cl.engine.checkpoint.start``)."""
@@ -270,11 +291,21 @@ class _Job:
         return {"files": files, "pieces": table, "steps": self.steps}
 
 
-def _leave(path: Path, report: dict[str, Any]) -> None:
-    """A rank's word to rank 0; there only when complete."""
+def _report(stage: Path, rank: int) -> Path:
+    return stage / f"rank-{rank:05d}.json"
+
+
+def _leave(stage: Path, rank: int, report: dict[str, Any]) -> None:
+    """A rank's word to rank 0; there only when complete. Raises OSError, and has then told rank 0 if a name could."""
+    path = _report(stage, rank)
     hidden = path.with_name(f".{path.name}")
-    write_bytes(hidden, [json.dumps(report).encode()])
-    hidden.rename(path)
+    try:
+        write_bytes(hidden, [json.dumps(report).encode()])
+        hidden.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # nothing can be written there: rank 0 waits until its patience ends
+            path.with_suffix(".failed").touch()
+        raise
 
 
 def _collect(stage: Path, world: int, patience: float, abandoned: threading.Event) -> list[dict[str, Any]]:
@@ -282,12 +313,18 @@ def _collect(stage: Path, world: int, patience: float, abandoned: threading.Even
     reports: dict[int, dict[str, Any]] = {}
     end = time.monotonic() + patience
     while len(reports) < world:
+        try:
+            names = set(os.listdir(stage))
+        except FileNotFoundError:
+            raise _Failed(f"{stage} was removed while it was written") from None
         for rank in set(range(world)) - set(reports):
-            path = stage / f"rank-{rank:05d}.json"
-            if path.is_file():
+            path = _report(stage, rank)
+            if path.name in names:
                 reports[rank] = json.loads(path.read_text())
                 if "error" in reports[rank]:
                     raise _Failed(reports[rank]["error"])
+            elif path.with_suffix(".failed").name in names:
+                raise _Failed(f"rank {rank}: nothing can be written any more, not even why")
         if len(reports) < world:
             if time.monotonic() > end:
                 silent = sorted(set(range(world)) - set(reports))

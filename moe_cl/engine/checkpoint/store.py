@@ -7,6 +7,7 @@ OUT/checkpoints/
     extra.json  config.yaml  cursor, schedules, loss scale; the recipe
     student-00000.safetensors  teacher-00000...  optimizer-00000...  method-00000...  rng-00000...
   .staging-TOKEN-step-00001300/   being written by this run; a dead run's is removed by the next
+  damaged-step-00001200/     did not pass verification when a run continued: no rule counts or deletes it
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def staging(out: str | Path, token: str, step: int) -> Path:
     return root(out) / f".staging-{token}-{directory_name(step)}"
 
 
-def remove_leftovers(out: str | Path) -> None:
-    """Delete what dead runs left half written (the caller owns the out dir)."""
+def remove_leftovers(out: str | Path, but: Path | None = None) -> None:
+    """Delete what is half written and will not be finished: all of it but ``but`` (the caller owns the out dir)."""
     for path in root(out).glob(".staging-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path != but:
+            shutil.rmtree(path, ignore_errors=True)
     for path in root(out).glob(".removed-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -69,20 +71,40 @@ def commit(stage: Path, step: int) -> Path:
         _remove(final)
     os.rename(stage, final)
     sync_directory(stage.parent)
-    pointer = stage.parent / f".{POINTER}.tmp"
-    with open(pointer, "w") as file:
-        file.write(final.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, stage.parent / POINTER)
-    sync_directory(stage.parent)
+    _point_to(final)
     return final
 
 
-def retain(out: str | Path, cfg: CheckpointConfig) -> list[Path]:
-    """Delete checkpoints that no rule keeps (the last k, every n steps, the best); returns those deleted."""
+def _point_to(path: Path) -> None:
+    pointer = path.parent / f".{POINTER}.tmp"
+    with open(pointer, "w") as file:
+        file.write(path.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pointer, path.parent / POINTER)
+    sync_directory(path.parent)
+
+
+def aside(path: Path) -> Path:
+    """The name of a damaged checkpoint that was set aside."""
+    return path.with_name(f"damaged-{path.name}")
+
+
+def set_aside(damaged: list[Path], good: Path) -> None:
+    """Rename checkpoints that did not pass verification, so that they take no good one's place among those kept;
+    ``good`` is the newest again. Raises OSError."""
+    for path in damaged:
+        shutil.rmtree(aside(path), ignore_errors=True)  # an earlier life's, of the same step
+        os.rename(path, aside(path))
+    if damaged:
+        _point_to(good)
+
+
+def retain(out: str | Path, cfg: CheckpointConfig, committed: Path) -> list[Path]:
+    """Delete checkpoints that no rule keeps (``committed`` just now, the last k, every n steps, the best); returns
+    those deleted."""
     paths = complete(out)
-    keep = set(paths[: max(1, cfg.keep_last)])
+    keep = {committed, *paths[: max(1, cfg.keep_last)]}
     if cfg.keep_every:
         keep.update(p for p in paths if step_of(p) % cfg.keep_every == 0)
     best = best_of(paths, cfg.keep_best) if cfg.keep_best else None

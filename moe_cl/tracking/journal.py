@@ -101,6 +101,8 @@ class Journal(NullJournal):
         else:
             head = header(found[-1]) if found else {}
             self.id, self._part = head.get("id") or uuid.uuid4().hex, head.get("part", 1)
+            if found and found[-1] != self.path:  # killed between two files: the one that is made now is the next
+                self._part += 1
             reached = max((_cut(part, resume_step) for part in found), default=0)
         self._open()
         if resume_step is not None:
@@ -108,7 +110,7 @@ class Journal(NullJournal):
             self.event("resume", step=resume_step, **({"repeats_to": reached} if reached > resume_step else {}))
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = _appending(self.path)
         self._size = os.fstat(self._file).st_size
         if not self._size:
             self.write("journal", id=self.id, part=self._part)
@@ -136,15 +138,24 @@ class Journal(NullJournal):
                 self._rotate()
         except OSError as error:
             if not self._warned:
-                print(f"journal: {self.path}: {error}; lines wait in memory until it can be written", file=sys.stderr)
+                print(f"journal: {self.path}: {error}; lines that it does not take wait in memory", file=sys.stderr)
             self._warned = True
 
     def _rotate(self) -> None:
-        self._size = 0  # a failed rename is tried again only after another max_bytes
-        os.rename(self.path, part_path(self.path, self._part))
-        os.close(self._file)
+        self._size = 0  # what fails here is tried again only after another max_bytes
+        fresh = self.path.with_name(f".{self.path.name}.next")
+        new = _appending(fresh)  # first: if this fails, the full file goes on
+        try:
+            if self.path.exists():  # else an earlier attempt came as far as here
+                os.rename(self.path, part_path(self.path, self._part))
+            os.rename(fresh, self.path)
+        except OSError:
+            os.close(new)
+            raise
+        old, self._file = self._file, new
+        os.close(old)
         self._part += 1
-        self._open()
+        self.write("journal", id=self.id, part=self._part)
         if self._compaction is None or not self._compaction.is_alive():
             self._compaction = threading.Thread(target=_compact, args=(self.path, self.keep), daemon=True)
             self._compaction.start()
@@ -167,6 +178,10 @@ class Journal(NullJournal):
             if self._file >= 0:
                 os.close(self._file)
             self._file = -1
+
+
+def _appending(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _cut(path: Path, step: int) -> int:

@@ -123,6 +123,53 @@ def test_a_full_disk_neither_raises_nor_loses(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("No space left") == 1
 
 
+def test_a_journal_that_cannot_open_its_next_file_goes_on_in_the_full_one(tmp_path, monkeypatch, capsys):
+    """And never writes into whatever was given the number of its old file since."""
+    path, foreign = tmp_path / "journal.jsonl", tmp_path / "foreign"
+    journal = Journal(path, max_bytes=500)
+    real, opened = os.open, []
+
+    def none_left(name, *more, **options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for step in range(1, 41):
+        if step == 5:
+            monkeypatch.setattr(module.os, "open", none_left)
+        if step == 15:
+            monkeypatch.setattr(module.os, "open", real)
+        journal.step(step, {"loss": 1.0}, "d")
+        opened.append(real(foreign, os.O_RDWR | os.O_CREAT))
+    journal.close()
+    for number in opened:
+        os.close(number)
+    assert foreign.read_bytes() == b"" and steps(read(path)) == list(range(1, 41))
+    assert len(parts(path)) > 2 and capsys.readouterr().err.count("Too many open files") == 1
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_journal_killed_between_two_files_goes_on_as_the_next(tmp_path, monkeypatch, lost):
+    """``lost``: of the two renames of a rotation the first, or the second, is not made any more."""
+    path = tmp_path / "journal.jsonl"
+    journal, real, count = Journal(path, max_bytes=400), os.rename, iter(range(1, 99))
+
+    def stopped(old, new):
+        if next(count) >= lost:
+            raise OSError(errno.EIO, "killed")
+        real(old, new)
+
+    monkeypatch.setattr(module.os, "rename", stopped)
+    for step in range(1, 8):
+        journal.step(step, {"loss": 1.0}, "d")
+    monkeypatch.setattr(module.os, "rename", real)
+    again = Journal(path, resume_step=7, max_bytes=400)  # the first one was killed: nobody closes it
+    for step in range(8, 30):
+        again.step(step, {"loss": 1.0}, "d")
+    again.close()
+    assert steps(read(path)) == list(range(1, 30))
+    numbers = [json.loads(part.read_text().splitlines()[0])["part"] for part in parts(path)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     script=st.lists(st.sampled_from(["step", "event", "poll", "kill"]), min_size=1, max_size=60),

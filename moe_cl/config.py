@@ -7,6 +7,7 @@ is the method's ``Params`` dataclass, handed in by the caller (this file imports
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,8 +301,16 @@ def to_tree(value: Any) -> Any:
 
 
 def save(cfg: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    path.write_text(yaml.safe_dump(to_tree(cfg), sort_keys=False))
+    """Write the resolved config as YAML: the whole of it, or what was there before stays (a run starts from it again).
+
+    Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w") as file:
+        file.write(yaml.safe_dump(to_tree(cfg), sort_keys=False))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

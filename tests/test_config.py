@@ -1,5 +1,6 @@
 """Recipes and overrides: types, nearest names, bases."""
 
+import resource
 from dataclasses import dataclass
 
 import pytest
@@ -85,3 +86,16 @@ def test_saved_config_reads_back_equal(tmp_path_factory, seed, lr, blocks, names
     path = tmp_path_factory.mktemp("cfg") / "config.yaml"
     config.save(cfg, path)
     assert config.from_tree(config.read_yaml(path), params_of) == cfg
+
+
+def test_a_config_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "config.yaml"
+    config.save(config.RunConfig(seed=1, params=Params()), path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # every write beyond 100 bytes of a file fails, as on a full disk or at a kill in the middle
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError):
+            config.save(config.RunConfig(seed=2, params=Params()), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert config.from_tree(config.read_yaml(path), params_of).seed == 1

@@ -60,7 +60,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 patience=cfg.engine.collective_timeout,
             )
         )  # fmt: skip
-        guard.watch(comm, parts.engine, parts.student)
+        guard.watch(comm, parts.engine, parts.student, cfg.engine.collective_timeout)
         state = checkpoints.load() if cfg.resume else None
         if state is not None and state["step"] >= total:  # verified: a damaged last one was passed over
             if me.rank == 0:

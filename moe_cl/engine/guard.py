@@ -8,13 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_cl.comm import Comm
 from moe_cl.engine.checkpoint import store
 from moe_cl.engine.health import NonFiniteLoss, explain
-from moe_cl.engine.heartbeat import Heartbeat, survivors
+from moe_cl.engine.heartbeat import Heartbeat, Watch, survivors
 from moe_cl.engine.preemption import OutLock, Preemption, clear_requeue, mark_requeue
+
+_CPU = torch.device("cpu")
 
 
 class Guard:
@@ -45,9 +48,12 @@ class Guard:
             self._stack = stack.pop_all()
         return self
 
-    def watch(self, comm: Comm, engine: Any, student: nn.Module) -> None:
-        """Beat before every collective; ``student`` is looked at if a step is not finite."""
+    def watch(self, comm: Comm, engine: Any, student: nn.Module, timeout: float = 600.0) -> None:
+        """Beat before every collective; ``student`` is looked at if a step is not finite. ``timeout``: of collectives,
+        seconds."""
         self.heartbeat.attach(comm, engine)
+        if comm.world > 1 and getattr(comm, "device", _CPU).type != _CPU.type:  # gloo raises, and is heard in time
+            self._stack.enter_context(Watch(self.heartbeat, comm.world, timeout))
         for module in student.modules():  # expert groups have a comm of their own
             if isinstance(own := getattr(module, "comm", None), Comm):
                 own.watch = self.heartbeat

@@ -10,6 +10,8 @@ import contextlib
 import mmap
 import socket
 import struct
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ class Heartbeat:
     """
 
     def __init__(self, out: str | Path, rank: int):
-        self.folder, self.rank, self.step, self._count = Path(out) / "heartbeats", rank, 0, 0
+        self.folder, self.rank, self.step, self.count = Path(out) / "heartbeats", rank, 0, 0
         self._host = socket.gethostname().encode()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = _path(self.folder, rank)
@@ -57,8 +59,9 @@ class Heartbeat:
 
     def __call__(self, what: str) -> None:
         """Note ``what`` is about to happen."""
-        self._count += 1
-        self._map[:] = _RECORD.pack(self.step, self._count, time.time(), what.encode()[:48], self._host)
+        self.count += 1
+        self.last = time.monotonic()
+        self._map[:] = _RECORD.pack(self.step, self.count, time.time(), what.encode()[:48], self._host)
 
     def attach(self, comm: Comm, engine: Any = None) -> None:
         """Beat before every collective of ``comm`` and before the engine's own (gradient reduction, weight gather)."""
@@ -113,6 +116,54 @@ def survivors(heartbeat: Heartbeat, world: int) -> Iterator[None]:
         if world == 1 or not _of_a_collective(error):
             raise
         raise RankLost(_who(read(heartbeat.folder.parent, world), heartbeat.rank, world)) from error
+
+
+class Watch:
+    """Says the survivor's line shortly before the time-out, where that ends the process: NCCL's watchdog aborts it, and
+    no exception comes to ``survivors``. Once for each silence; a rank that others wait for says nothing of itself.
+
+    Args:
+        heartbeat: this rank's. world: ranks. timeout: of all collectives, seconds.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, world: int, timeout: float):
+        self.heartbeat, self.world, self.timeout = heartbeat, world, timeout
+        self.margin = min(10.0, timeout / 5)  # seconds before the time-out
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        said = 0
+        while not self._end.wait(self.margin / 4):
+            count = self.heartbeat.count
+            # The first sign is given before the ranks meet, which ends with an exception on every backend.
+            if count in (1, said) or time.monotonic() - self.heartbeat.last < self.timeout - self.margin:
+                continue
+            said = count
+            if line := self._line():
+                rest = f"unless it answers within {self.margin:.0f} s, engine.collective_timeout ends this rank"
+                print(f"moe_cl: {line}; {rest}", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        me, signs = self.heartbeat.rank, read(self.heartbeat.folder.parent, self.world)
+        others = [sign for sign in signs if sign.rank != me]
+        if len(others) in (0, len(signs)):  # the out dir cannot be read just now
+            return ""
+        late = behind(others)
+        waits_for_me = (late.step, late.count) > (self.heartbeat.step, self.heartbeat.count)
+        return "" if waits_for_me else _who(signs, me, self.world)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()
+        self._thread.join()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _who(signs: list[Sign], me: int, world: int) -> str:

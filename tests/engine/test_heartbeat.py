@@ -4,13 +4,18 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 import torch
 
+from moe_cl.comm import LocalComm
 from moe_cl.engine import heartbeat
-from moe_cl.engine.heartbeat import Heartbeat, RankLost, survivors
+from moe_cl.engine.guard import Guard
+from moe_cl.engine.heartbeat import Heartbeat, RankLost, Watch, survivors
 
 
 def test_signs_outlive_the_writer_and_the_slowest_is_named(tmp_path):
@@ -52,6 +57,59 @@ def test_a_beat_is_cheap(tmp_path):
     for _ in range(1000):
         beat("all_reduce")
     assert time.perf_counter() - begin < 0.5
+
+
+def _heard(capsys):
+    """What comes on stderr first."""
+    begin = time.monotonic()
+    while not (text := capsys.readouterr().err):
+        assert time.monotonic() - begin < 60
+        time.sleep(0.05)
+    return text
+
+
+def test_the_line_comes_before_a_time_out_that_no_exception_tells_of(tmp_path, capsys):
+    """Once for each silence, and only on a rank that waits: NCCL's watchdog ends the process at the time-out."""
+    beats = [Heartbeat(tmp_path, rank) for rank in range(2)]
+    with Watch(beats[0], 2, 2.0), Watch(beats[1], 2, 2.0):
+        time.sleep(2.5)
+        assert capsys.readouterr().err == ""  # before the ranks have met there is an exception
+        for beat in beats:
+            beat("all_reduce")
+        beats[0]("all_to_all")
+        text = _heard(capsys)
+        assert text.startswith("moe_cl: rank 1 stopped answering: its last sign was 'all_reduce' in step 0, ")
+        assert "rank 0 on " in text and "waited in 'all_to_all'" in text and text.count("\n") == 1
+        time.sleep(2.5)
+        assert capsys.readouterr().err == ""
+        beats[0]("all_to_all")  # it went on after all, and is silent again
+        assert _heard(capsys).count("rank 1 stopped answering") == 1
+
+
+ABORTED = """
+import faulthandler, sys, time
+from moe_cl.engine.heartbeat import Heartbeat, Watch
+mine, other = Heartbeat(sys.argv[1], 0), Heartbeat(sys.argv[1], 1)
+mine("all_reduce"), mine("all_to_all"), other("all_reduce")
+Watch(mine, 2, 6.0)
+faulthandler.dump_traceback_later(6.0, exit=True)  # from a thread of C's, as NCCL's watchdog
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_aborted_has_said_its_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ABORTED, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "rank 1 stopped answering" in done.stderr and "Timeout" in done.stderr
+
+
+@pytest.mark.parametrize(("backend", "watched"), [("cuda", True), ("cpu", False)])
+def test_gloo_raises_and_needs_no_watch(tmp_path, backend, watched):
+    with Guard(tmp_path, 0, 2) as guard:
+        comm = LocalComm()
+        comm.world, comm.device = 2, torch.device(backend)
+        guard.watch(comm, None, torch.nn.Linear(1, 1), 60.0)
+        assert any(thread.name == "heartbeats" for thread in threading.enumerate()) == watched
+    assert not any(thread.name == "heartbeats" for thread in threading.enumerate())
 
 
 def _work(comm, out, seconds):

@@ -8,14 +8,16 @@ same code in the foreground.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from moe_cl.tracking import redact
 
 DATABASE, ARTIFACT_FOLDER, LOCK, LOG = "mlflow.db", "mlflow-artifacts", "mlflow.lock", "mlflow.log"
 POLL, LONGEST_PAUSE = 1.0, 30.0  # seconds between rounds, and after failures at most
+# Slurm and DeepSpeed's launcher signal every process of a run: the parent says when to stop, or dies.
+NOT_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOWEST = "19"  # priority: on a busy machine training goes first, and the child catches up at the end
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -150,7 +154,7 @@ def start(
         environment = {**os.environ, **ENVIRONMENT, "MLFLOW_TRACKING_URI": uri}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "moe_cl.tracking.mlflow", str(out.resolve()), str(os.getpid())]
-        with open(out / LOG, "ab") as log:
+        with open(out / LOG, "ab") as log, _held():
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, bufsize=0,
                 start_new_session=True,  # Ctrl-C on the terminal is for the training process
@@ -159,6 +163,16 @@ def start(
         print(f"MLflow is not followed ({error}); `python -m moe_cl track sync {out}` does it later", file=sys.stderr)
         return Handle(out, None, shown, open_with)
     return Handle(out, process, shown, open_with)
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """``NOT_OURS`` wait while this thread is inside, and in a process started here until it lets them through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_OURS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _write_request(out: Path, request: dict[str, Any]) -> None:
@@ -325,11 +339,10 @@ def follow(out: Path, parent_pid: int) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """The child: ``python -m moe_cl.tracking.mlflow OUT PARENT_PID``."""
-    import signal
-
+    for number in NOT_OURS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # held since before this process was: none came through
     os.nice(int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST)))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all: the parent says when to stop, or dies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr = redact.Stream(sys.stderr)
     out = Path(arguments[0])
     if (out / LOG).stat().st_size > 1 << 20:

@@ -239,6 +239,23 @@ def test_the_end_of_the_parent_is_seen(tmp_path, server, how, status):
     assert [step for step, _ in history(server.uri, run.info.run_id)] == list(range(1, 100))
 
 
+def test_signals_of_the_run_do_not_end_the_child(tmp_path):
+    """Slurm's warning before the time limit goes to every process of the job, at any moment of its life."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    handle = mlflow.start(tmp_path, TrackConfig(uri=None), {})
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    begin = time.monotonic()
+    while not load_state(tmp_path).run_id and time.monotonic() - begin < PATIENCE:
+        for number in numbers:  # from before its first line of Python on
+            handle.process.send_signal(number)
+        time.sleep(0.02)
+    assert handle.process.poll() is None and load_state(tmp_path).run_id
+    log(journal, 1, 5)
+    journal.close("FINISHED")
+    assert handle.stop(PATIENCE)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(numbers)  # this process hears them as before
+
+
 def test_credentials_are_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "swordfish")
     out = tmp_path / "run"

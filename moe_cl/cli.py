@@ -36,6 +36,8 @@ DATA_OPTIONS = {
     "--max-pixels": (int, "larger images are not decoded"),
     "--log-sample-ids": (bool, "write the ids of every step's samples to the journal"),
 }
+# What ends a verb with one line and exit code 1; by name, for the modules of these errors load torch.
+CANNOT_GO_ON = ("RankLost", "NonFiniteLoss", "SourceLost", "TooManyFaults")
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.]*=")
 
 
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if type(error).__name__ not in ("RankLost", "NonFiniteLoss"):  # by name: their modules load torch
+        if type(error).__name__ not in CANNOT_GO_ON:
             raise
         print(f"moe_cl: {error}" + "".join(f" ({note})" for note in getattr(error, "__notes__", ())), file=sys.stderr)
         return 1

@@ -99,6 +99,15 @@ def test_one_broken_image_stops_no_evaluation(tmp_path, command):
         assert values["images"] == 23  # all with a label
 
 
+def test_too_many_end_an_evaluation_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moe_cl.data.faults.LEAST_SEEN", 1)
+    out, source = tmp_path / "out", shards(tmp_path)
+    make_run(out)
+    assert main(["eval", "knn", "--checkpoint", str(out), "--train", source, "--test", source]) == 1
+    said = capsys.readouterr().err
+    assert "moe_cl: 1 of 24 evaluation samples are bad" in said and "Traceback" not in said
+
+
 def test_fine_tuning_without_any_label_is_one_line(tmp_path, capsys):
     out = tmp_path / "out"
     make_run(out)

@@ -12,6 +12,8 @@ import torch
 from moe_cl.cli import main
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import RunConfig
+from moe_cl.engine.checkpoint import store
+from moe_cl.engine.checkpoint.format import read_manifest
 from moe_cl.evals.online import online_knn
 from moe_cl.models.norm import BatchNorm
 from moe_cl.tracking.journal import read
@@ -28,8 +30,12 @@ def values(out, name):
 def test_two_ranks_give_one_processs_figures(tmp_path):
     bank, one = make_shards(tmp_path / "bank", images=97), make_shards(tmp_path / "one", images=1)
     out, sets = tmp_path / "run", [f"eval.bank={bank}", f"eval.test={one}"]
-    done = launch(2, *settings(bank, out, "moe.ep_size=2", "eval.knn_every=0.5", "eval.k=5", *sets))
+    keep = ["checkpoint.keep_best=knn/top1", "checkpoint.keep_last=9"]
+    done = launch(2, *settings(bank, out, "moe.ep_size=2", "eval.knn_every=0.5", "eval.k=5", *sets, *keep))
     assert done.returncode == 0, done.stderr[-2000:]
+    # An evaluation's figures belong to the checkpoint of its own step, which therefore exists, and to no other.
+    measured = {store.step_of(path): set(read_manifest(path).metrics) for path in store.complete(out)}
+    assert measured == {2: set(), 3: {"knn/top1", "knn/top5"}, 4: set(), 6: {"knn/top1", "knn/top5"}}
     found = [line for line in read(out / "journal.jsonl") if line["kind"] == "evaluation"]
     assert [line["step"] for line in found] == [3, 6]
     assert main(["eval", "knn", "--checkpoint", str(out), "--k", "5", "--batch", "10"]) == 0

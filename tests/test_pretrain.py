@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -100,6 +101,21 @@ def test_killed_and_resumed_it_is_the_same_run(shards, whole, tmp_path):
     assert [line["step"] for line in ours] == list(range(1, 7))
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     assert [line["values"]["loss"] for line in ours] == [line["values"]["loss"] for line in theirs], "not bit-equal"
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_done(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shard = out / "checkpoints" / "step-00000006" / "student-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = launch(0, *settings(shards, out, "moe.ep_size=1", "--resume", "checkpoint.keep_last=1"))
+    assert done.returncode == 0 and "nothing to resume" not in done.stdout, done.stderr[-2000:]
+    assert done.stderr.count("student-00000.safetensors") == 1
+    assert [line["values"]["loss"] for line in steps(out)] == [line["values"]["loss"] for line in steps(whole)]
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-00000006" and shard.exists()
+    assert (out / "checkpoints" / "damaged-step-00000006").is_dir()
+    again = launch(0, *settings(shards, out, "moe.ep_size=1", "--resume"))
+    assert again.returncode == 0 and "nothing to resume" in again.stdout
 
 
 def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from moe_cl.engine.checkpoint import latest_complete, store
@@ -24,13 +25,13 @@ OPTIONS = ("moe.ep_size=2", "schedule.epochs=8", f"schedule.max_steps={STEPS}", 
            "engine.collective_timeout=20", "track.uri=none", "data.workers=0")  # fmt: skip
 
 
-def start(shards, out):
+def start(shards, out, *more):
     """Both ranks by environment (a launcher adds seconds), each the leader of its own process group."""
     port, procs = str(free_port()), []
     for rank in range(WORLD):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
         env = {**ENV, **who, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "moe_cl", "pretrain", *settings(shards, out, *OPTIONS, "--resume")]
+        command = [sys.executable, "-m", "moe_cl", "pretrain", *settings(shards, out, *OPTIONS, *more, "--resume")]
         log = open(f"{out}-rank{rank}.log", "ab")
         procs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True))
     return procs
@@ -130,6 +131,26 @@ def test_sigterm_on_one_rank_saves_once_and_marks(shards, whole, tmp_path, rank)
     assert mark["step"] == store.step_of(last) == max(steps(out)) < STEPS
     assert wait(start(shards, out)) == [0, 0], tail(out)
     assert not (out / "requeue").exists()
+    assert steps(out) == steps(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_every_process_saves_once_and_marks(shards, whole, tmp_path, number):
+    """As scancel and DeepSpeed's launcher send it: to the ranks, their loading processes and the tracker's child."""
+    out, more = tmp_path / "run", ("data.workers=2", "track.uri=null")
+    procs = start(shards, out, *more)
+    deadline = time.monotonic() + 120
+    while max(steps(out), default=0) < 4:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in procs), tail(out)
+        time.sleep(0.01)
+    family = [child.pid for proc in procs for child in psutil.Process(proc.pid).children(recursive=True)]
+    assert len(family) == 2 * 2 + 1
+    for pid in (*family, *(proc.pid for proc in procs)):
+        os.kill(pid, number)
+    assert wait(procs) == [0, 0], tail(out)
+    mark, last = json.loads((out / "requeue").read_text()), latest_complete(out)
+    assert mark["step"] == store.step_of(last) == max(steps(out)) < STEPS and mark["reason"] == number.name
+    assert wait(start(shards, out, *more)) == [0, 0], tail(out)
     assert steps(out) == steps(whole)
 
 

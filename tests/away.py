@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 AWAY = torch.device("maia", 0)  # a name that torch knows and has nothing behind
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_.default, _aten._to_copy.default}
-_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+_INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
 class Away(Tensor):
@@ -71,6 +71,8 @@ def _check(func: Any, args: tuple, kwargs: dict) -> bool:
         return False
     if func in _COPIES:
         return isinstance(args[0], Away)
+    if func is _aten.index_put.default:  # indexing's backward, whose zeros torch makes below where this can be seen
+        return True
     if func in _INDEXED:
         leaves = [x for x in tree_leaves((args[0], args[2:])) if isinstance(x, Tensor)]
     if any(x.dim() and not isinstance(x, Away) for x in leaves):

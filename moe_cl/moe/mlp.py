@@ -110,13 +110,14 @@ class ExpertMLP(torch.autograd.Function):
             keep = train and not recompute
             xc = x.to(dtype)
             rows = xc.new_empty(max(filled, default=0), d)
-            hs, activations = [], []
+            hs, a_all = [], xc.new_empty(sum(filled) if keep else 0, w1.shape[1])
+            a_of = a_all.split(filled) if keep else filled
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
             v1, v2 = (torch.empty_like(w, dtype=dtype) if keep and w.dtype != dtype else w for w in (w1, w2))
             stacks = list(zip(*(q.unbind(0) for q in (w1, b1, w2, b2, v1, v2)), strict=True))
-            pieces = zip(owners, sizes, filled, plan.token.split(sizes), y[:m].split(sizes), strict=True)
-            for (e, first), n, f, token, ye in pieces:
+            pieces = zip(owners, sizes, filled, plan.token.split(sizes), y[:m].split(sizes), a_of, strict=True)
+            for (e, first), n, f, token, ye, a in pieces:
                 if first:  # cast one expert at a time, so that the copy is used while in cache
                     p1, c1, p2, c2, u1, u2 = stacks[e]
                     if dtype != p1.dtype:
@@ -125,23 +126,22 @@ class ExpertMLP(torch.autograd.Function):
                 xe = _gather(xc, token, rows[:f])
                 if keep:
                     h = _linear(xe, u1, c1, onednn)
-                    a = gelu(h)
+                    gelu(h, out=a)
                     hs.append(h)
-                    activations.append(a)
                 else:
                     a = _linear(xe, u1, c1, onednn, "gelu")
                 ye.copy_(_linear(a, u2, c2, onednn)[:n])
             out = gather_sum(y, plan.inverse, weights)
         if train:
             saved = (xc, weights, v1, b1, v2, b2, ids, plan.token, plan.choice, plan.inverse)
-            ctx.save_for_backward(*saved, *hs, *activations)
+            ctx.save_for_backward(*saved, a_all, *hs)
             ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled, onednn), dtype, x.dtype, keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, b1, w2, b2, ids, token, choice, inverse, *kept = ctx.saved_tensors
+        x, weights, w1, b1, w2, b2, ids, token, choice, inverse, a_all, *hs = ctx.saved_tensors
         dtype, keep, (owners, sizes, filled, onednn) = ctx.dtype, ctx.keep, ctx.pieces
         with torch.autocast(x.device.type, enabled=False):
             d, hidden, m, most = x.shape[1], w1.shape[1], len(token), max(filled, default=0)
@@ -158,13 +158,15 @@ class ExpertMLP(torch.autograd.Function):
             spare = x.new_empty(most, hidden)
             stacks = [q.unbind(0) for q in (w1, b1, w2)]
             views = [v.split(sizes) for v in (token, p, gx[:m], gp[:m])]
-            pieces = zip(owners, sizes, filled, *views, strict=True)
-            for i, ((e, first), n, f, rows, pe, gxe, gpe) in enumerate(pieces):
+            kept = (hs, a_all.split(filled)) if keep else (filled, filled)
+            pieces = zip(owners, sizes, filled, *views, *kept, strict=True)
+            for (e, first), n, f, rows, pe, gxe, gpe, h, a in pieces:
                 if first:
                     u1, c1, u2 = (s[e].to(dtype) for s in stacks)
                 xf, gf = _gather(x, rows, xe[:f]), _gather(low, rows, ge[:f])
-                h = kept[i] if keep else _linear(xf, u1, c1, onednn)
-                a = kept[len(owners) + i] if keep else gelu(h)
+                if not keep:
+                    h = _linear(xf, u1, c1, onednn)
+                    a = gelu(h)
                 daf = _linear(gf, u2.t(), None, onednn)
                 torch.sum(torch.mul(daf[:n], a[:n], out=spare[:n]), 1, dtype=gp.dtype, out=gpe)
                 gf[:n].mul_(pe)

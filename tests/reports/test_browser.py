@@ -59,7 +59,7 @@ def test_a_desktop(pages):
         for expected in ("300", "50"):
             first = page.execute_script(
                 "const t = [...document.querySelectorAll('table')].find(t => t.tHead.textContent.includes('top5'));"
-                "t.querySelectorAll('th')[1].click(); return t.tBodies[0].rows[0].cells[1].textContent"
+                "t.querySelectorAll('th')[0].click(); return t.tBodies[0].rows[0].cells[0].textContent"
             )
             assert first == expected
         # the theme changes, figures with it

@@ -138,41 +138,42 @@ def memory_child(name: str, quick: bool) -> None:
     print((resident("VmHWM") - before) / 2**20)
 
 
+def in_turn(kinds: list[str], precision: str, quick: bool, rounds: int) -> dict[str, dict[str, float]]:
+    """MoCo v3's step of both kinds, printed."""
+    sides = {name: side(name, quick) for name in (f"{kind} {precision}" for kind in kinds)}
+    if "compiled" in kinds:  # the losses of the first steps, before they are timed
+        losses = [[float(run().metrics["loss"]) for _ in range(2)] for run in sides.values()]
+        worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+        print(f"compiled {precision}: losses of two steps differ by {worst:.1e}", flush=True)
+    rows = alternate(sides, rounds)
+    for name, row in rows.items():
+        figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
+        print(f"MoCo v3 step, {name:14s} {figures}", flush=True)
+    if "compiled" in kinds:
+        rows[f"compiled {precision}"]["worst"] = worst
+    return rows
+
+
 def step_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
     """MoCo v3's step, time and memory."""
     for precision in ("bf16", "fp32"):
-        rows = alternate({f"{k} {precision}": side(f"{k} {precision}", quick) for k in ("plain", "ours")}, rounds)
-        for name, row in rows.items():
-            figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
-            print(f"MoCo v3 step, {name:12s} {figures}", flush=True)
-        ratios[f"step_{precision}"] = rows[f"ours {precision}"]["ratio"]
-        ratios[f"step_{precision}_cpu"] = rows[f"ours {precision}"]["cpu_ratio"]
+        row = in_turn(["plain", "ours"], precision, quick, rounds)[f"ours {precision}"]
+        ratios |= {f"step_{precision}": row["ratio"], f"step_{precision}_cpu": row["cpu_ratio"]}
     ratios["step_memory"] = compare("plain fp32", "ours fp32", quick)
 
 
 def compile_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
     """``model.compile``: what it gains over the plain blocks, and how far the losses of the first steps differ."""
     for precision in ("bf16", "fp32"):
-        sides = {name: side(name, quick) for name in (f"ours {precision}", f"compiled {precision}")}
-        losses = [[float(run().metrics["loss"]) for _ in range(2)] for run in sides.values()]
-        worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
-        rows = alternate(sides, rounds)
-        for name, row in rows.items():
-            figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
-            print(f"MoCo v3 step, {name:14s} {figures}", flush=True)
-        print(f"compiled {precision}: losses of two steps differ by {worst:.1e}", flush=True)
-        ratios[f"compiled_{precision}"] = rows[f"compiled {precision}"]["ratio"]
-        ratios[f"compiled_loss_{precision}"] = worst
+        row = in_turn(["ours", "compiled"], precision, quick, rounds)[f"compiled {precision}"]
+        ratios |= {f"compiled_{precision}": row["ratio"], f"compiled_loss_{precision}": row["worst"]}
 
 
 def large_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
     """The exact large batch in micro-batches beside the same batch in one piece: time, and memory of the step."""
     for precision in ("bf16", "fp32"):
-        rows = alternate({f"{k} {precision}": side(f"{k} {precision}", quick) for k in ("ours", "large")}, rounds)
-        for name, row in rows.items():
-            figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
-            print(f"MoCo v3 step, {name:12s} {figures}", flush=True)
-        ratios[f"large_batch_{precision}"] = rows[f"large {precision}"]["ratio"]
+        row = in_turn(["ours", "large"], precision, quick, rounds)[f"large {precision}"]
+        ratios[f"large_batch_{precision}"] = row["ratio"]
     ratios["large_batch_memory"] = compare("ours fp32", "large fp32", quick)
 
 

@@ -94,9 +94,10 @@ def _first_that_works(name: str, source: Path | None, out: Path) -> None:
         if reason is None:
             note(f"{name}: from {way}")
             return
-        reasons.append(f"{way}: {reason}")
         if source:  # a folder that was named and does not do is an error, not a reason to take another one
-            break
+            others = " and ".join(other for other, _ in ways[1:])
+            raise ConfigError(f"{name}: {way}: {reason}; without --from the ways are {others}")
+        reasons.append(f"{way}: {reason}")
     raise ConfigError(f"{name}: no way to its files worked: {'; '.join(reasons)}")
 
 

@@ -40,6 +40,8 @@ fi
 export DS_ACCELERATOR=cpu
 say() { printf '\n== %s\n' "$*"; }
 
+python -m moe_cl recipes "$recipe" ${pass[@]+"${pass[@]}"} >/dev/null # settings that cannot be are said before any work
+
 say "Data: $data"
 shards="${home}data/$data" raw="${home}data/raw/$data"
 python -m data_prep fetch "$data" --out "$raw" ${from[@]+"${from[@]}"}

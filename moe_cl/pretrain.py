@@ -64,7 +64,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         state = checkpoints.load() if cfg.resume else None
         if state is not None and state["step"] >= total:  # verified: a damaged last one was passed over
             if me.rank == 0:
-                print(f"{out}: all {total} steps are done already; nothing to resume")
+                print(f"{out}: all {total} steps are done already; nothing to resume{checks.without_effect(cfg)}")
             return 0
         state = state or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:

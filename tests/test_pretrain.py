@@ -124,8 +124,11 @@ def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
     done = launch(1, *settings(shards, out, *dense, "schedule.max_steps=2"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line["step"] for line in steps(out)] == [1, 2]
-    again = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", "--resume"))
-    assert again.returncode == 0 and "nothing to resume" in again.stdout
+    again = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", "--resume", "eval.k=3"))
+    assert (
+        again.returncode == 0
+        and "nothing to resume; set otherwise now, without an effect: eval.k=3 (was" in again.stdout
+    )
     for change, says in (
         ([], "add --resume to continue that run"),
         (["--resume", "seed=1"], "another seed (0, here 1)"),

@@ -240,6 +240,15 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
             raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
 
 
+def without_effect(cfg: RunConfig) -> str:
+    """What ``cfg`` sets otherwise than the finished run in its out dir, as the end of a line; "" if nothing."""
+    path = Path(cfg.out) / "config.yaml"
+    theirs = settings.flatten(settings.read_yaml(path)) if path.is_file() else {}
+    mine = settings.flatten(settings.to_tree(cfg))
+    other = [f"{k}={v} (was {theirs[k]})" for k, v in mine.items() if k in theirs and theirs[k] != v and k != "resume"]
+    return f"; set otherwise now, without an effect: {', '.join(other)}" if other else ""
+
+
 def steps_per_epoch(checkpoint: Path) -> int | None:
     """What the run of a checkpoint had; None where it is not said (or cannot be read: loading says what is wrong)."""
     try:

@@ -45,6 +45,14 @@ def tracking_uri(out: Path, uri: str | None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or _embedded(out)
 
 
+def _program() -> str:
+    """What starts MLflow in a shell that knows nothing of this program's virtual environment."""
+    path = Path(sys.prefix) / "bin" / "mlflow"
+    if sys.prefix == sys.base_prefix or not path.exists():
+        return "mlflow"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _embedded(out: Path) -> str:
     return f"sqlite:///{out.resolve() / DATABASE}"
 
@@ -135,7 +143,7 @@ def start(
     if uri == "none":
         return Handle(out, None, "none", "")
     database = uri.startswith("sqlite:")
-    open_with = f"mlflow ui --backend-store-uri {shown}" if database else shown
+    open_with = f"{_program()} ui --backend-store-uri {shown}" if database else shown
     request = {
         "uri": None if uri == _embedded(out) else shown,
         "experiment": track.experiment,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_an_interrupt_is_no_traceback(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "shard", str(source), "--out", str(out), "--max-count", "20",
                "--resize-shorter", "16", "--workers", "2"]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background passes on SIG_IGN
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not list(out.glob("*.tar")) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if is_remote(args.pattern):
         raise ConfigError(f"{args.pattern}: run `index` where the shards lie, and upload the .index.json files too")
     folder, paths, known = find_shards(args.pattern, args.split)
-    todo = [i for i, path in enumerate(paths) if args.force or not os.path.exists(index_url(path))]
+    todo = [i for i, path in enumerate(paths) if args.force or not _there(path, args.hash)]
     for job, problem in parallel.run(_build, (paths, args.hash), todo, args.workers, "indexing", len(todo), "shards"):
         if problem:
             raise ConfigError(f"{problem}; `python -m data_prep lint --fix {paths[job]}` keeps its whole samples")
@@ -108,6 +108,11 @@ def read_counts(folder: Path, split: str) -> dict[str, tuple[str, int | None]]:
     return {}
 
 
+def _there(path: str, want_hash: bool) -> bool:
+    """Whether the tar has its index already, with its sha256 if that is wanted."""
+    return os.path.exists(index_url(path)) and not (want_hash and not load_index(path).sha256)
+
+
 def _build(shared: tuple[list[str], bool], counter: Any, job: int) -> str:
     paths, want_hash = shared
     try:
@@ -123,8 +128,16 @@ def _build(shared: tuple[list[str], bool], counter: Any, job: int) -> str:
 
 
 def _write_manifest(folder: Path, indexes: dict[str, ShardIndex], known: dict, args: argparse.Namespace) -> None:
-    """dataset.json for a folder that has none: counts from the tars, splits from the files of others."""
-    if read_dataset(str(folder)) is not None:
+    """dataset.json for a folder that has none: counts from the tars, splits from the files of others. To one that is
+    there it adds the hashes that it lacks."""
+    if (tree := read_dataset(str(folder))) is not None:
+        hashes = {os.path.basename(path): index.sha256 for path, index in indexes.items()}
+        for split, entry in tree["splits"].items():
+            lacking = [shard for shard in entry["shards"] if hashes.get(shard["file"]) and not shard.get("sha256")]
+            for shard in lacking:
+                shard["sha256"] = hashes[shard["file"]]
+            if lacking:
+                write_split(folder, split, entry)
         return
     splits: dict[str, list[str]] = {}
     for path in indexes:

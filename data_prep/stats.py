@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--count must be at least 1")
     dataset = resolve(args.pattern)
     tree = collect(dataset)
-    rows = [(k, v) for k, v in tree.items() if not isinstance(v, dict)]
+    rows = [(k, byte_text(v) if k == "bytes" else v) for k, v in tree.items() if not isinstance(v, dict)]
     rows += [
         (k, ", ".join(f"{q} {n:,}" for q, n in tree[k].items())) for k in ("width", "height", "file bytes", "format")
     ]
@@ -65,7 +65,7 @@ def collect(dataset: Dataset) -> dict[str, Any]:
     return {
         "shards": len(dataset.shards),
         "samples": len(dataset),
-        "bytes": byte_text(sum(s.bytes for s in dataset.shards)),
+        "bytes": sum(s.bytes for s in dataset.shards),
         "without a label": counts.pop(-1, 0),
         "header not readable": int((width == 0).sum()),
         "width": _quantiles(width[width > 0]),

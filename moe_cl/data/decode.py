@@ -20,6 +20,7 @@ import simplejpeg
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from moe_cl.config import ConfigError
+from moe_cl.data.header import reason
 
 cv2.setNumThreads(0)  # parallel over samples, not inside one; and a pool of threads does not survive a fork
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -146,7 +147,7 @@ def _pillow(data: bytes, max_pixels: int, shorter: int) -> np.ndarray:
         except Image.DecompressionBombError as error:
             raise TooManyPixels(str(error)) from None
         except _PILLOW_ERRORS as error:
-            raise BadImage(" ".join(str(error).split()) or type(error).__name__) from None
+            raise BadImage(reason(error)) from None
 
 
 def _open(data: bytes, stream: io.BytesIO) -> Image.Image:

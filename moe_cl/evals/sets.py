@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from moe_cl.config import ConfigError, DataConfig
 from moe_cl.data import faults
 from moe_cl.data.faults import LeftOut, SampleFault
+from moe_cl.data.header import reason
 from moe_cl.data.loader import LabelledLoader
 from moe_cl.models.build import nearest
 from moe_cl.views.spec import eval_view
@@ -209,7 +210,7 @@ def picture(images: Dataset, i: int) -> tuple[np.ndarray | Image.Image, Any]:
         image, label = images[i]
         return image if isinstance(image, np.ndarray) else image.convert("RGB"), label
     except (OSError, SyntaxError) as error:  # what Pillow says of a broken file
-        raise SampleFault(faults.CORRUPT_IMAGE, " ".join(str(error).split())[:200]) from None
+        raise SampleFault(faults.CORRUPT_IMAGE, reason(error)[:200]) from None
 
 
 class _Views(Dataset):

@@ -34,6 +34,12 @@ def test_a_folder_without_any_count_file(tmp_path, capsys):
     assert main(["lint", str(folder), "--report", str(tmp_path / "r.json"), "--workers", "1"]) == 0
 
 
+def test_hashes_join_indexes_that_are_there(tmp_path):
+    folder = foreign(tmp_path / "d")
+    assert index(folder) == 0 and not resolve(str(folder)).shards[0].sha256
+    assert index(folder, "--hash") == 0 and all(len(s.sha256) == 64 for s in resolve(str(folder)).shards)
+
+
 def test_timm_info_gives_splits(tmp_path):
     folder = foreign(tmp_path / "d")
     splits = {

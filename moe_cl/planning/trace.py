@@ -216,17 +216,17 @@ def _batch(cfg: RunConfig, micro: int, ledger: Ledger) -> Batch:
 
 @contextlib.contextmanager
 def _kernels(gpu: bool) -> Iterator[None]:
-    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows are one piece
-    (same FLOPs and bytes, and no thousands of operations to trace)."""
-    own, chunk = vit.attention, mlp.CHUNK
-    mlp.CHUNK = 2**40
+    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows, a block's
+    images are one piece (same FLOPs and bytes, and no thousands of operations to trace)."""
+    own = vit.attention, vit.CACHE, mlp.CHUNK
+    vit.CACHE = mlp.CHUNK = 2**62
     if gpu:
         vit.attention = nn.functional.scaled_dot_product_attention
     _forget()
     try:
         yield
     finally:
-        vit.attention, mlp.CHUNK = own, chunk
+        vit.attention, vit.CACHE, mlp.CHUNK = own
 
 
 def _forget() -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from data_prep.console import Progress
 from moe_cl.config import ConfigError
+from moe_cl.counting import Counting
 
 _context: tuple[Any, Any] = (None, None)  # what every task gets, and the counter of finished samples
 
@@ -21,7 +21,7 @@ _context: tuple[Any, Any] = (None, None)  # what every task gets, and the counte
 class Counter:
     """Counts in this process; a shared one counts in all."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Counting):
         self._progress = progress
 
     def add(self, count: int) -> None:
@@ -57,7 +57,7 @@ def run(
         total: samples (or another ``unit``) over all jobs, for the bar.
     """
     if workers <= 1 or len(jobs) <= 1:
-        with Progress(what, total, unit) as progress:
+        with Counting(what, total, unit) as progress:
             counter = Counter(progress)
             for job in jobs:
                 yield job, task(shared, counter, job)
@@ -69,7 +69,7 @@ def run(
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (shared, value))
     try:
         futures = {pool.submit(_call, task, job): job for job in jobs}
-        with Progress(what, total, unit) as progress:
+        with Counting(what, total, unit) as progress:
             left = set(futures)
             while left:
                 done, left = concurrent.futures.wait(left, 0.1, concurrent.futures.FIRST_COMPLETED)

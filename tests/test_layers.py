@@ -10,6 +10,7 @@ GROUND = {
     "arguments",
     "comm",
     "config",
+    "counting",
     "rng",
     "spans",
     "typed",

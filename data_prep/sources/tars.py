@@ -12,10 +12,10 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.console import Progress
 from data_prep.sources.base import UNLABELLED, Item, Reader, Sample, Source, SourceOptions
 from data_prep.sources.labels import read_labels
 from moe_cl.config import ConfigError
+from moe_cl.counting import Counting
 from moe_cl.data.header import EXTENSIONS, BadImage
 from moe_cl.data.index import (
     UNSAFE_MEMBER,
@@ -119,7 +119,7 @@ def _nested(path: Path, text: str, stream) -> Source:  # noqa: ANN001 - a binary
     names = tuple(name.rsplit("/", 1)[-1][: -len(".tar")] for name, _, _ in classes)
     items: list[Item] = []
     where = str(path)
-    with Progress("listing class tars", len(classes)) as progress:
+    with Counting("listing class tars", len(classes)) as progress:
         for label, (name, offset, size) in enumerate(classes):
             inner = Window(stream, offset, size)
             for m in sorted(_files(walk(inner, f"{path}: {name}")), key=lambda m: m.name):
@@ -164,7 +164,7 @@ def open_shards(pattern: str, text: str) -> Source:
         dataset = resolve(pattern)
         paths, names = [shard.url for shard in dataset.shards], dataset.class_names
     items: list[Item] = []
-    with Progress("listing shards", len(paths)) as progress:
+    with Counting("listing shards", len(paths)) as progress:
         for path in paths:
             try:
                 items += _groups(path)

@@ -150,10 +150,11 @@ class Context:
             raise AssertionError(f"the frozen encoder changed: {names[:3]} ({len(names)} tensors)")
 
     def features(
-        self, train: bool, encode: Encode | None = None, view: sets.View | None = None
+        self, train: bool, encode: Encode | None = None, view: sets.View | None = None, what: str = ""
     ) -> tuple[Tensor, Tensor]:
-        """Features (n, D) and labels (n,) of a whole set."""
-        return extract(encode or self.encode(), self.loader(train, view), self.comm)
+        """Features (n, D) and labels (n,) of a whole set; ``what``: they are counted under this name."""
+        what = what or ("training features" if train else "test features")
+        return extract(encode or self.encode(), self.loader(train, view), self.comm, what)
 
     @property
     def name(self) -> str:

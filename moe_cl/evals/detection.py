@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm, mean_gradients
 from moe_cl.config import ConfigError
+from moe_cl.counting import counted
 from moe_cl.evals.sets import VOC_CLASSES
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def train(
     model.to(device).train()
     losses, source = [], batches(data, schedule, seed, comm)
     torch.manual_seed(seed * 1000 + comm.rank)  # regions and anchors are sampled
-    for iteration in range(schedule.iterations):
+    for iteration in counted(range(schedule.iterations), "detector", "iterations", show=comm.rank == 0):
         images, targets = next(source)
         optimizer.param_groups[0]["lr"] = schedule.rate(iteration)
         images = [x.to(device) for x in images]
@@ -235,7 +236,8 @@ def detect(
     comm = comm or LocalComm()
     model.eval()
     found: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": [], "keypoints": []}
-    for i in range(comm.rank, len(data), comm.world):
+    mine = range(comm.rank, len(data), comm.world)
+    for i in counted(mine, "detections", "images", show=comm.rank == 0):
         image, target = data[i]
         (out,) = model([image.to(device)])
         out = {k: v.cpu() for k, v in out.items()}

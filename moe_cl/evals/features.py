@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+from moe_cl.counting import counted
 from moe_cl.data.faults import DataStop
 
 T = TypeVar("T")
@@ -18,17 +19,19 @@ Encode = Callable[[Tensor], Tensor]  # images (b, C, H, W) -> features (b, D)
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels (b,), ids (b,): this rank's part of a set
 
 
-def extract(encode: Encode, loader: Batches, comm: Comm | None = None) -> tuple[Tensor, Tensor]:
+def extract(encode: Encode, loader: Batches, comm: Comm | None = None, what: str = "") -> tuple[Tensor, Tensor]:
     """Features (n, D) fp32 and labels (n,) of the whole set, ordered by sample id, the same on every rank.
 
     Each rank encodes its own part; parts may differ in size. While one rank still has batches the others encode a
     blank image and drop it, because expert-parallel layers exchange tokens in every forward.
 
-    Raises the DataStop or ConfigError of one rank's data on every rank.
+    ``what``: rank 0 counts its images on stderr under this name. Raises the DataStop or ConfigError of one rank's data
+    on every rank.
     """
     comm = comm or LocalComm()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    iterator = iter(loader)
+    show, images = bool(what) and comm.rank == 0, getattr(loader, "samples", None)
+    iterator = counted(loader, what, "images", total=images, show=show, size=lambda batch: len(batch[1]))
     while True:
         batch = error = None
         try:

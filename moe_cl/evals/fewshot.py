@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+from moe_cl.counting import counted
 from moe_cl.evals.sweep import per_class
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def few_shot(
     classes = int(max(train_y.max(), test_y.max())) + 1
     jobs = [(n, m, s) for n in shots for m in methods for s in range(seeds)]
     right = torch.zeros(len(jobs), 2, dtype=torch.float64, device=train_x.device)
-    for j in range(comm.rank, len(jobs), comm.world):
+    mine = range(comm.rank, len(jobs), comm.world)
+    for j in counted(mine, "few-shot", "draws", show=comm.rank == 0):
         n, method, seed = jobs[j]
         index = draw(train_y, n, seed).to(train_x.device)
         x, y = train_x[index], train_y[index]

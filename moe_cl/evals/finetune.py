@@ -28,6 +28,7 @@ from moe_cl import rng
 from moe_cl.arguments import real, whole
 from moe_cl.comm import mean_gradients
 from moe_cl.config import ConfigError
+from moe_cl.counting import counted
 from moe_cl.data.faults import IN_A_ROW, SampleFault, TooManyFaults
 from moe_cl.evals.sets import picture
 from moe_cl.models.backbone import set_drop_path
@@ -193,7 +194,8 @@ def train(
         batches = order(chosen, epoch, recipe, args.seed, comm.rank, comm.world)
         total = torch.zeros((), device=ctx.device)
         loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers)
-        for number, (x, y) in enumerate(loader):
+        shown = counted(loader, f"epoch {epoch + 1} of {recipe.epochs}", "batches", show=comm.rank == 0)
+        for number, (x, y) in enumerate(shown):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), recipe)
             x, y = x.to(ctx.device), y.to(ctx.device)

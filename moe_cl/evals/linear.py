@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
+from moe_cl.counting import counted
 from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, per_class, split
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def train_sweep(
         protocol, x.shape[1], classes, math.ceil(len(x) / protocol.batch), comm or LocalComm(), x.device, seed
     )
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(protocol.epochs):
+    for _ in counted(range(protocol.epochs), "linear probe", "epochs", show=comm is None or comm.rank == 0):
         sweep.epoch(x, y, generator)
     return sweep
 
@@ -197,7 +198,7 @@ def _augmented(
     best: Tensor | None = None
     name = metric_of(ctx.source(False))
     more: dict[str, float] = {}  # of the best epoch
-    for epoch in range(protocol.epochs):
+    for epoch in counted(range(protocol.epochs), "linear probe", "epochs", show=ctx.comm.rank == 0):
         x, y = ctx.features(True, encode, view=crop_and_flip(ctx, epoch))
         x, y = x[y >= 0], y[y >= 0]  # as the plain view's loader has it
         if not torch.equal(y, labels):

@@ -14,7 +14,7 @@ from moe_cl import config
 from moe_cl.arguments import whole
 from moe_cl.evals import pretrained
 from moe_cl.evals.context import Context, class_count
-from moe_cl.evals.features import Encode, extract, frozen
+from moe_cl.evals.features import Encode, frozen
 from moe_cl.evals.fewshot import few_shot
 from moe_cl.evals.knn import knn
 from moe_cl.evals.linear import linear_probe
@@ -25,6 +25,7 @@ from moe_cl.views.spec import NORMALIZE
 
 HELP = "kNN of pixels, untrained and trained network, and a linear probe, in one table; writes summary.json"
 ROWS = ("pixels", "untrained", "trained")
+PARTS = ((True, "bank"), (False, "test set"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def run(ctx: Context) -> dict[str, float]:
         rows.append([text, *(figures.get(figure, "") for figure in shown)])
 
     def measure(name: str, encode: Encode) -> None:
-        bank, test = (extract(encode, ctx.loader(train), ctx.comm) for train in (True, False))
+        bank, test = (ctx.features(train, encode, what=f"{name}, {part}") for train, part in PARTS)
         sizes.update(bank=len(bank[0]), tested=len(test[0]))
         classes = class_count(bank[1], test[1])
         found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm, name=metric)

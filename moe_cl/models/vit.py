@@ -255,10 +255,8 @@ class ViT(Backbone):
     def pieces(self, x: Tensor) -> int:
         """Images of x (N, T, D) that a dense block takes at a time: on the CPU no more than have its widest activations
         in cache. 32 images of ViT-S/16 take 5 % less time as 16 and 16."""
-        image = max(
-            (4 * x[0].numel() * (b.mlp.fc1.out_features // self.dim) for b in self.blocks if b.dense), default=0
-        )
-        return len(x) if x.device.type != "cpu" or not image else max(1, CACHE // image)
+        widest = max((block.mlp.fc1.out_features for block in self.blocks if block.dense), default=0)
+        return len(x) if x.device.type != "cpu" or not widest else max(1, CACHE // (4 * x.shape[1] * widest))
 
     def encode(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, list[Routing]]:
         x, routing = self.tokens(x), []

@@ -111,7 +111,7 @@ class ExpertMLP(torch.autograd.Function):
             xc = x.to(dtype)
             rows = xc.new_empty(max(filled, default=0), d)
             hs, a_all = [], xc.new_empty(sum(filled) if keep else 0, w1.shape[1])
-            a_of = a_all.split(filled) if keep else filled
+            a_of = a_all.split(filled) if keep else [None] * len(filled)
             y = torch.empty(m + 1, d, dtype=wide, device=x.device)  # last row: choices whose expert is elsewhere
             y[m] = 0
             v1, v2 = (torch.empty_like(w, dtype=dtype) if keep and w.dtype != dtype else w for w in (w1, w2))
@@ -158,7 +158,7 @@ class ExpertMLP(torch.autograd.Function):
             spare = x.new_empty(most, hidden)
             stacks = [q.unbind(0) for q in (w1, b1, w2)]
             views = [v.split(sizes) for v in (token, p, gx[:m], gp[:m])]
-            kept = (hs, a_all.split(filled)) if keep else (filled, filled)
+            kept = (hs, a_all.split(filled)) if keep else ([None] * len(filled),) * 2
             pieces = zip(owners, sizes, filled, *views, *kept, strict=True)
             for (e, first), n, f, rows, pe, gxe, gpe, h, a in pieces:
                 if first:

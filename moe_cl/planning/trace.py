@@ -216,8 +216,8 @@ def _batch(cfg: RunConfig, micro: int, ledger: Ledger) -> Batch:
 
 @contextlib.contextmanager
 def _kernels(gpu: bool) -> Iterator[None]:
-    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows, a block's
-    images are one piece (same FLOPs and bytes, and no thousands of operations to trace)."""
+    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows and
+    a block's images are one piece (same FLOPs and bytes, and no thousands of operations to trace)."""
     own = vit.attention, vit.CACHE, mlp.CHUNK
     vit.CACHE = mlp.CHUNK = 2**62
     if gpu:

@@ -37,13 +37,12 @@ def to_device(batch: Batch, where: torch.device, spec: ViewSpec, seed: int, epoc
         spec: what the loader was told to make.
         seed, epoch: of the run, and of the epoch the batch belongs to.
     """
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "views"}
-    stays = lambda name, value: value is None or name == "sample_ids"  # noqa: E731
-    moved = {k: v if stays(k, v) else v.to(where, non_blocking=True) for k, v in fields.items()}
+    moved = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("views", "sample_ids")}
+    moved = {k: v.to(where, non_blocking=True) for k, v in moved.items() if v is not None}
     views = [v.to(where, non_blocking=True) for v in batch.views]
     if spec.implementation == "device":
         views = finish(views, spec, seed, epoch, batch.positions)
-    return Batch(views=views, **moved)
+    return dataclasses.replace(batch, views=views, **moved)
 
 
 def finish(views: Sequence[Tensor], spec: ViewSpec, seed: int, epoch: int, positions: Tensor) -> list[Tensor]:

@@ -2,13 +2,15 @@
 
 VMoE-S/16 against ViT-S/16 of equal FLOPs (six MoE layers, 16 experts, top-2, hidden 768, 224 px, batch 16, 2 threads).
 Each side takes turns with the dense one; a ratio is the median over rounds of side / dense in that round, for the wall
-clock and for the processor time of the process (which other programs on the machine disturb less).
+clock and for the processor time of the process (which other programs on the machine disturb less), each with an
+interval of its median.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -72,10 +74,17 @@ def forward(net: nn.Module, x: Tensor, precision: str) -> None:
         net([x])
 
 
-def alternate(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+Row = dict[str, float | list[float]]  # of one side: see ``alternate``
+Intervals = dict[str, list[float]]
+
+
+def alternate(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, Row]:
     """Each side's median seconds and ratio to the first side, wall and processor time; one unmeasured round first.
 
     Every second round goes backwards, so that no side always finds the caches as one other side leaves them.
+
+    Returns:
+        By side ``seconds``, ``ratio``, ``cpu_ratio`` and the ``interval`` and ``cpu_interval`` of those ratios.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -85,15 +94,29 @@ def alternate(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, di
             if number:
                 taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     first = taken[next(iter(sides))]
-    out = {}
+    out: dict[str, Row] = {}
     for name, pairs in taken.items():
         ratios = [[p[i] / q[i] for p, q in zip(pairs, first, strict=True)] for i in (0, 1)]
         out[name] = {
             "seconds": statistics.median(p[0] for p in pairs),
             "ratio": statistics.median(ratios[0]),
             "cpu_ratio": statistics.median(ratios[1]),
+            "interval": median_interval(ratios[0]),
+            "cpu_interval": median_interval(ratios[1]),
         }
     return out
+
+
+def median_interval(values: list[float], level: float = 0.9) -> list[float]:
+    """[low, high] that covers the median of what ``values`` are drawn from, whatever their distribution.
+
+    The k-th smallest and k-th largest with the largest k of coverage 1 - 2 P(Bin(n, 1/2) < k) >= ``level`` (the sign
+    test's). Fewer than 5 values cannot reach 90 %: then it is their whole range (3 values: 75 %).
+    """
+    ordered, n, k = sorted(values), len(values), 1
+    while 1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n >= level:
+        k += 1
+    return [ordered[k - 1], ordered[n - k]]
 
 
 class Forced(nn.Module):
@@ -117,7 +140,7 @@ class Forced(nn.Module):
         return routing
 
 
-def skew(rounds: int, x: Tensor) -> dict[str, float]:
+def skew(rounds: int, x: Tensor, intervals: Intervals) -> dict[str, float]:
     """The training step with even, skewed and degenerate routing; the slowest over the even one."""
     nets = {}
     for kind in ("uniform", "skewed", "two experts"):
@@ -128,10 +151,11 @@ def skew(rounds: int, x: Tensor) -> dict[str, float]:
     figures = alternate({kind: partial(train_step, net, x, "fp32") for kind, net in nets.items()}, rounds)
     for kind, row in figures.items():
         show(f"train fp32 {kind}", row)
-    return {
-        "skew": max(row["ratio"] for row in figures.values()),
-        "skew_cpu": max(row["cpu_ratio"] for row in figures.values()),
-    }
+    out = {}
+    for name, clock in (("skew", ""), ("skew_cpu", "cpu_")):
+        slowest = max(figures.values(), key=lambda row: row[f"{clock}ratio"])
+        out[name], intervals[name] = slowest[f"{clock}ratio"], slowest[f"{clock}interval"]
+    return out
 
 
 def peak_memory(side: str, batch: int) -> float:
@@ -150,14 +174,24 @@ def memory_child(side: str, batch: int) -> None:
     print((resident("VmHWM") - before) / 2**20)
 
 
-def show(title: str, row: dict[str, float]) -> None:
-    print(title.ljust(26) + "".join(f"{value:>11.3f} " for value in row.values()), flush=True)
+def columns(row: Row) -> str:
+    """Seconds, then each ratio with its interval."""
+    wall, cpu = ("{:.3f} - {:.3f}".format(*row[key]) for key in ("interval", "cpu_interval"))
+    return f"{row['seconds']:>9.3f}{row['ratio']:>12.3f}{wall:>16s}{row['cpu_ratio']:>11.3f}{cpu:>16s}"
 
 
-def times(batch: int, rounds: int) -> dict[str, float]:
+HEAD = f"{'seconds':>9s}{'wall ratio':>12s}{'interval':>16s}{'cpu ratio':>11s}{'interval':>16s}"
+
+
+def show(title: str, row: Row) -> None:
+    print(title.ljust(26) + columns(row), flush=True)
+
+
+def times(batch: int, rounds: int, intervals: Intervals) -> dict[str, float]:
     """Training step and forward in both precisions: ours and DeepSpeed's, each in turns with the dense model.
 
     Not all three in turns: DeepSpeed's layer leaves gigabytes of freed memory behind, and who comes next pays for it.
+    ``intervals`` gets those of the ratios.
     """
     x, nets = torch.randn(batch, 3, 224, 224), {side: model(side) for side in ("dense", "ours", "native")}
     out = {}
@@ -170,6 +204,8 @@ def times(batch: int, rounds: int) -> dict[str, float]:
                     show(f"{name} {precision} {who}", row)
                 out[f"{name}_{precision}{suffix}"] = figures[side]["ratio"]
                 out[f"{name}_{precision}{suffix}_cpu"] = figures[side]["cpu_ratio"]
+                intervals[f"{name}_{precision}{suffix}"] = figures[side]["interval"]
+                intervals[f"{name}_{precision}{suffix}_cpu"] = figures[side]["cpu_interval"]
     return out
 
 
@@ -207,22 +243,24 @@ def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
     batch, rounds = (2, 2) if args.quick else (16, 9)
+    intervals: Intervals = {}
     parts = {
-        "times": partial(times, batch, rounds),
-        "skew": partial(skew, rounds // 2, torch.randn(batch, 3, 224, 224)),
+        "times": partial(times, batch, rounds, intervals),
+        "skew": partial(skew, rounds // 2, torch.randn(batch, 3, 224, 224), intervals),
         "images": partial(images, [1] if args.quick else [1, 256]),
         "memory": partial(memory, batch),
         "messages": partial(messages, batch),
     }
     print(f"VMoE-S/16 beside ViT-S/16, batch {batch}, {torch.get_num_threads()} threads, {rounds} rounds")
-    print(f"{'':26s}{'seconds':>11s} {'wall ratio':>11s} {'cpu ratio':>11s}", flush=True)
+    print(f"{'':26s}{HEAD}", flush=True)
     ratios: dict[str, float] = {}
     for name, part in parts.items():
         if name in (args.only or parts):
             ratios |= part()
     ratios = {name: round(value, 4) for name, value in ratios.items()}
     met = all(ratios[name] <= target for name, target in TARGETS.items() if name in ratios)
-    print(json.dumps({"benchmark": "moe", "ratios": ratios, "targets": TARGETS, "met": met}))
+    out = {"benchmark": "moe", "ratios": ratios, "targets": TARGETS, "met": met}
+    print(json.dumps(out | {"intervals": {name: [round(x, 4) for x in pair] for name, pair in intervals.items()}}))
 
 
 if __name__ == "__main__":

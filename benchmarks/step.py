@@ -2,8 +2,8 @@
 (MoCo v2's table 3); EsViT's region loss.
 
 Sides take turns; a ratio is the median over rounds of ours / plain in that round, for the wall clock and for the
-processor time of the process (which other programs disturb less). Memory is the peak of a process of its own over what
-it held before its first step.
+processor time of the process (which other programs disturb less), each with an interval of its median. Memory is the
+peak of a process of its own over what it held before its first step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -23,7 +24,7 @@ import torch
 from benchmarks import _regions
 from benchmarks._memory import begin, resident
 from benchmarks._plain_mocov3 import PlainStep
-from benchmarks.moe import alternate
+from benchmarks.moe import HEAD, Row, alternate, columns
 from moe_cl import config, methods
 from moe_cl.allocator import keep_freed_memory
 from moe_cl.config import RunConfig
@@ -138,7 +139,19 @@ def memory_child(name: str, quick: bool) -> None:
     print((resident("VmHWM") - before) / 2**20)
 
 
-def in_turn(kinds: list[str], precision: str, quick: bool, rounds: int) -> dict[str, dict[str, float]]:
+@dataclass
+class Figures:
+    """What the parts found: ratios, and the intervals of those that are medians over rounds."""
+
+    ratios: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+
+    def take(self, name: str, row: Row, clock: str = "") -> None:
+        """A side's ratio; ``clock``: the wall's, or ``cpu_``."""
+        self.ratios[name], self.intervals[name] = row[f"{clock}ratio"], row[f"{clock}interval"]
+
+
+def in_turn(kinds: list[str], precision: str, quick: bool, rounds: int) -> dict[str, Row]:
     """MoCo v3's step of both kinds, printed."""
     sides = {name: side(name, quick) for name in (f"{kind} {precision}" for kind in kinds)}
     if "compiled" in kinds:  # the losses of the first steps, before they are timed
@@ -146,48 +159,53 @@ def in_turn(kinds: list[str], precision: str, quick: bool, rounds: int) -> dict[
         worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
         print(f"compiled {precision}: losses of two steps differ by {worst:.1e}", flush=True)
     rows = alternate(sides, rounds)
-    for name, row in rows.items():
-        figures = f"{row['seconds']:8.3f} s  wall {row['ratio']:.3f}  cpu {row['cpu_ratio']:.3f}"
-        print(f"MoCo v3 step, {name:14s} {figures}", flush=True)
+    show(rows)
     if "compiled" in kinds:
         rows[f"compiled {precision}"]["worst"] = worst
     return rows
 
 
-def step_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+def show(rows: dict[str, Row]) -> None:
+    """A table of the sides."""
+    print("\n".join([f"{'':16s}{HEAD}", *(f"{name:16s}{columns(row)}" for name, row in rows.items())]), flush=True)
+
+
+def step_part(quick: bool, rounds: int, out: Figures) -> None:
     """MoCo v3's step, time and memory."""
     for precision in ("bf16", "fp32"):
         row = in_turn(["plain", "ours"], precision, quick, rounds)[f"ours {precision}"]
-        ratios |= {f"step_{precision}": row["ratio"], f"step_{precision}_cpu": row["cpu_ratio"]}
-    ratios["step_memory"] = compare("plain fp32", "ours fp32", quick)
+        out.take(f"step_{precision}", row)
+        out.take(f"step_{precision}_cpu", row, "cpu_")
+    out.ratios["step_memory"] = compare("plain fp32", "ours fp32", quick)
 
 
-def compile_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+def compile_part(quick: bool, rounds: int, out: Figures) -> None:
     """``model.compile``: what it gains over the plain blocks, and how far the losses of the first steps differ."""
     for precision in ("bf16", "fp32"):
         row = in_turn(["ours", "compiled"], precision, quick, rounds)[f"compiled {precision}"]
-        ratios |= {f"compiled_{precision}": row["ratio"], f"compiled_loss_{precision}": row["worst"]}
+        out.take(f"compiled_{precision}", row)
+        out.ratios[f"compiled_loss_{precision}"] = row["worst"]
 
 
-def large_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+def large_part(quick: bool, rounds: int, out: Figures) -> None:
     """The exact large batch in micro-batches beside the same batch in one piece: time, and memory of the step."""
     for precision in ("bf16", "fp32"):
         row = in_turn(["ours", "large"], precision, quick, rounds)[f"large {precision}"]
-        ratios[f"large_batch_{precision}"] = row["ratio"]
-    ratios["large_batch_memory"] = compare("ours fp32", "large fp32", quick)
+        out.take(f"large_batch_{precision}", row)
+    out.ratios["large_batch_memory"] = compare("ours fp32", "large fp32", quick)
 
 
-def table3_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+def table3_part(quick: bool, rounds: int, out: Figures) -> None:
     """MoCo v2's table 3: MoCo against end-to-end at equal batch."""
     rows = alternate({k: side(k, quick) for k in ("moco", "end_to_end")}, max(2, rounds - 4))
-    print(f"time, moco: {rows['moco']['seconds']:.3f} s, end to end: {rows['end_to_end']['seconds']:.3f} s", flush=True)
-    ratios["end_to_end_time"] = rows["end_to_end"]["cpu_ratio"]
-    ratios["end_to_end_memory"] = compare("moco", "end_to_end", quick)
+    show(rows)
+    out.take("end_to_end_time", rows["end_to_end"], "cpu_")
+    out.ratios["end_to_end_memory"] = compare("moco", "end_to_end", quick)
 
 
-def regions_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
+def regions_part(quick: bool, rounds: int, out: Figures) -> None:
     """The region loss in both forms: memory, time, and that they are one function."""
-    ratios["region_memory"] = compare("gathered", "fused", quick)
+    out.ratios["region_memory"] = compare("gathered", "fused", quick)
     sides = {k: side(k, quick) for k in ("gathered", "fused")}
     worst = max(
         float((x - y).abs().max() / x.abs().max())
@@ -195,7 +213,8 @@ def regions_part(quick: bool, rounds: int, ratios: dict[str, float]) -> None:
     )
     print(f"region loss, gradients of the two forms differ by {worst:.1e} of the largest")
     rows = alternate(sides, 1 if quick else 2)
-    ratios["region_time"] = rows["fused"]["cpu_ratio"]
+    show(rows)
+    out.take("region_time", rows["fused"], "cpu_")
 
 
 def compare(a: str, b: str, quick: bool) -> float:
@@ -219,14 +238,16 @@ def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
     rounds = args.rounds or (3 if args.quick else 7)
-    ratios: dict[str, float] = {}
+    found = Figures()
     print(f"{torch.get_num_threads()} threads, {rounds} rounds{', quick sizes' if args.quick else ''}", flush=True)
     for name in [args.part] if args.part else PARTS:
-        PARTS[name](args.quick, rounds, ratios)
+        PARTS[name](args.quick, rounds, found)
+    ratios = found.ratios
     targets = {name: target for name, target in TARGETS.items() if name in ratios}
     out = {"benchmark": "step", "ratios": {k: float(f"{v:.4g}") for k, v in ratios.items()},
            "targets": {k: float(f"{v:.4g}") for k, v in targets.items()},
-           "met": all(ratios[k] <= v for k, v in targets.items())}  # fmt: skip
+           "met": all(ratios[k] <= v for k, v in targets.items()),
+           "intervals": {k: [float(f"{v:.4g}") for v in pair] for k, pair in found.intervals.items()}}  # fmt: skip
     print(json.dumps(out))
 
 

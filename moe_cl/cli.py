@@ -91,7 +91,7 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     if cfg.data.cache_dir:
         checks.check_folder("data.cache_dir", cfg.data.cache_dir)
     batch = checks.check(cfg, world)
-    setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation) * world)
+    setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation), world)
     mlflow.check(cfg.track)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
     try:

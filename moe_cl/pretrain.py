@@ -22,6 +22,7 @@ from moe_cl.engine import checks, large_batch, ranks, schedules, setup, step
 from moe_cl.engine.checkpoint import Checkpointer
 from moe_cl.engine.flops import count as count_flops
 from moe_cl.engine.guard import Guard
+from moe_cl.engine.notes import notes
 from moe_cl.engine.optim import set_hyper
 from moe_cl.evals.online import online_knn
 from moe_cl.evals.record import write_json
@@ -196,11 +197,8 @@ def tracking(
     }
     data = {"name": Path(cfg.data.train).name, "digest": loader.state_dict()["data"][:36], "source": cfg.data.train}
     data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
-    if batch.accumulation > 1 and built.parts.method.in_batch_negatives and not cfg.batch.exact_large_batch:
-        show["note"] = (
-            f"with accumulation a sample's negatives are the {batch.micro_batch * batch.ranks} of its micro-batches, "
-            f"not all {batch.global_batch}: another objective; batch.exact_large_batch=true keeps them"
-        )
+    for number, note in enumerate(notes(cfg, batch, built.parts.method, student, len(loader.dataset)), 1):
+        show["note" if number == 1 else f"note {number}"] = note
     resumed = f"step {state['step']}" if state["step"] else None
     tags = environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed)
     flops = None

@@ -74,6 +74,10 @@ def refuse(capsys, *argv):
         ("data.cache_dir=README.md", "data.cache_dir README.md is a file; name a directory"),
         ("batch.exact_large_batch=true & model.backbone=resnet18 & method=mocov3 & model.options={} & moe.blocks=none "
          "& moe.ep_size=1", "needs a backbone without batch norm"),
+        ("method=moco & moe.blocks=none & moe.ep_size=1 & params={queue: 8}",
+         "params.queue=8 is smaller than the 16 keys of a step"),
+        ("method=moco & moe.blocks=none & moe.ep_size=1 & params={queue: 64, bn_groups: 3} & model.backbone=resnet18 "
+         "& model.options={}", "params.bn_groups=3 does not divide the 8 images of a rank's micro-batch"),
     ],
 )  # fmt: skip
 def test_refused_before_any_rank_starts(shards, tmp_path, capsys, change, says):

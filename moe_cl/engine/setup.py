@@ -71,12 +71,12 @@ def build_method(
     return method, method.build_student(backbone(False)), method.build_teacher(backbone(True))
 
 
-def check_model(cfg: RunConfig, images: int) -> None:
+def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
     """Method, backbone and heads built without memory (meta tensors), for what they refuse. Raises ConfigError.
 
-    ``images``: in one loss, over all ranks.
+    ``images``: in one loss of a rank, of which there are ``ranks``.
     """
-    groups.check(cfg.engine.statistics, images)
+    groups.check(cfg.engine.statistics, images * ranks)
     if cfg.model.init_from:
         try:
             start.check(cfg.model.init_from)
@@ -92,7 +92,8 @@ def check_model(cfg: RunConfig, images: int) -> None:
     one.moe.ep_size, one.model.compile = 1, False
     with torch.device("meta"):
         # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
-        _, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+        method, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+    method.check(student, images, ranks)
     if (channels := cfg.model.options.get("in_chans", 3)) != 3:
         raise ConfigError(f"model.options.in_chans {channels}: views have 3 channels; leave it out")
     for size, _ in build_spec(cfg.views).resolutions:

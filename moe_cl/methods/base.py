@@ -56,7 +56,7 @@ class Progress:
 
 
 def view_counts(batch: Batch) -> list[int]:
-    """Views of each resolution: batch norm in a backbone has statistics a view."""
+    """Views of each resolution: batch norm in a backbone has statistics a view (but EsViT's, see there)."""
     return [len(x) // len(batch.sample_ids) for x in batch.views]
 
 
@@ -117,6 +117,14 @@ class Method(nn.Module):
     def build_student(self, backbone: nn.Module) -> Encoder:
         """The trained network around a fresh backbone (attribute ``dim`` = feature width)."""
         raise NotImplementedError  # abstract
+
+    def check(self, student: Encoder, images: int, ranks: int) -> None:
+        """Before any process starts, on a student without memory: raises ConfigError where the parameters do not fit
+        ``images`` in one loss of a rank, on ``ranks`` ranks."""
+
+    def notes(self, student: Encoder, images: int, ranks: int, samples: int) -> list[str]:
+        """What is allowed but seldom meant, one line each, said once at the start; ``samples``: of the data set."""
+        return []
 
     def build_teacher(self, backbone: nn.Module) -> Encoder | None:
         """The EMA twin around a second fresh backbone; its parameters are a subset of the student's by name."""

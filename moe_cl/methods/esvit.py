@@ -2,6 +2,9 @@
 
 L = 1/2 L_V + 1/2 L_R, each a mean over the pairs (teacher view i, student view v != i); the teacher sees the two global
 views. Equations, halves included: esvit.md 1.3-1.7.
+
+Batch norm (ResNet, ``head_bn``) is over all ranks and, as in the published code, over all crops of a resolution: they
+go through the network in one forward, the teacher's two global views likewise (esvit.md 1.1).
 """
 
 from __future__ import annotations
@@ -74,10 +77,14 @@ class EsViT(Method):
                 module.noise_std = 0.0  # a target without noise
         return self.build_student(backbone)
 
+    def encode_student(self, net: nn.Module, batch: Batch) -> Encoded:
+        """All views; the crops of a resolution share batch statistics."""
+        return net("encode", batch.views, batch.keys, [1] * len(batch.views))
+
     def encode_teacher(self, net: nn.Module, batch: Batch) -> Encoded:
-        """The two global views."""
+        """The two global views, with batch statistics over both."""
         rows = TEACHER_VIEWS * len(batch.sample_ids)
-        return net("encode", [batch.views[0][:rows]], None, [TEACHER_VIEWS])
+        return net("encode", [batch.views[0][:rows]], None, [1])
 
     def temperature(self) -> float:
         """tau_t of this epoch."""

@@ -63,6 +63,32 @@ class MoCo(Method):
 
     build_student = build_teacher = _build
 
+    def check(self, student: Encoder, images: int, ranks: int) -> None:
+        p, keys = self.params, images * ranks * self._key_batches()
+        if keys > p.queue:
+            raise ConfigError(f"params.queue={p.queue} is smaller than the {keys} keys of a step; make it a multiple")
+        if batch_norms(student.backbone) and images % p.bn_groups:
+            raise ConfigError(
+                f"params.bn_groups={p.bn_groups} does not divide the {images} images of a rank's micro-batch; "
+                "take a number that does, or another batch"
+            )
+
+    def notes(self, student: Encoder, images: int, ranks: int, samples: int) -> list[str]:
+        p, normed, notes = self.params, bool(batch_norms(student.backbone)), []
+        if p.bn_groups > 1 and not normed:
+            notes.append(f"params.bn_groups={p.bn_groups} does nothing: the backbone has no batch norm")
+        if self._mixes and ranks * p.bn_groups == 1:
+            notes.append(
+                "params.shuffle does nothing on one rank: a key shares batch statistics with its query and can be told "
+                "by them; params.bn_groups=8 parts the batch"
+            )
+        if p.queue >= samples:
+            notes.append(
+                f"params.queue={p.queue} is not less than the {samples} images of the data set: an image's own earlier "
+                "keys are among its negatives; make it smaller"
+            )
+        return notes
+
     def encode_student(self, net: nn.Module, batch: Batch) -> Encoded:
         """The query view; both views when symmetric."""
         rows, views = _rows(batch, 0, 2 if self.params.symmetric else 1)
@@ -128,10 +154,6 @@ class MoCo(Method):
         """Terms, health and what the queue will get."""
         p, samples = self.params, len(batch.sample_ids)
         terms = {"loss/contrastive": loss, **routing.terms(student, samples, comm, p.balance_weight, self.statistics)}
-        if len(new) > p.queue:
-            raise ConfigError(
-                f"params.queue={p.queue} is smaller than the {len(new)} keys of a step; make it a multiple"
-            )
         with torch.no_grad():
             metrics = {
                 "health/positive": logits[:, 0].mean() * p.temperature,

@@ -4,10 +4,11 @@ Which samples share statistics (moco_jcl: 1.1 shuffle-BN, split-BN; 1.3 SyncBatc
 
     comm=None, groups=1    one view of this rank's batch           (MoCo v1/v2 with shuffled keys, plain DDP)
     comm=None, groups=G    a contiguous 1/G of that                (one device in the place of G: "split BN")
-    comm=Comm, groups=1    one view of every rank's batch          (MoCo v3, SimCLR, CR-MoE)
+    comm=Comm, groups=1    one view of every rank's batch          (MoCo v3, SimCLR, CR-MoE, EsViT)
 
 Rows are view-major; each view is normalised as if it came in a forward of its own, and running statistics move view
-after view, so V views in one pass leave the same state as V passes.
+after view, so V views in one pass leave the same state as V passes. EsViT, whose published code has all crops of a
+resolution in one forward, counts them as one view.
 """
 
 from __future__ import annotations

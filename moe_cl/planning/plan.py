@@ -105,7 +105,7 @@ def make(
     batch = checks.batch_identity(cfg, world)
     parts = batch.accumulation if cfg.batch.exact_large_batch else 1
     setup.check_model(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, init_from=None)),
-                      batch.micro_batch * parts * world)  # fmt: skip
+                      batch.micro_batch * parts, world)  # fmt: skip
     tree = checks.ds_config(cfg, world, not device.gpu)
     zero, strided = zero_of(tree), bool(tree.get("use_data_before_expert_parallelism", False))
     layout = model.Layout(nodes, per_node, cfg.moe.ep_size, strided)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import MoEConfig, OptimConfig
@@ -52,6 +53,26 @@ def test_any_crops_on_any_number_of_ranks(counts, moe, regions):
         torch.testing.assert_close(runs[1].grads[name], grad, rtol=1e-6, atol=1e-10, msg=name)
     torch.testing.assert_close(runs[0].method.centre, whole.method.centre)
     assert ("loss/balance" in whole.metrics) == (moe is not None)
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_batch_norm_sees_all_crops_of_a_resolution_at_once(regions):
+    """As torchvision's network does that gets the crops of a size in one batch (esvit.md 1.1), student and teacher."""
+    torch.manual_seed(0)
+    method = esvit.EsViT(esvit.Params(out_dim=16, hidden=24, bottleneck=8, regions=regions), LocalComm())
+    networks = [build(build_backbone("resnet18")) for build in (method.build_student, method.build_teacher)]
+    views = [torch.randn(2 * 3, 3, 64, 64), torch.randn(2 * 3, 3, 32, 32)]
+    batch = batch_of(views, count=4)
+    for network, encode, seen in zip(
+        networks, (method.encode_student, method.encode_teacher), (views, views[:1]), strict=True
+    ):
+        plain = resnet18()
+        plain.fc = torch.nn.Identity()
+        plain.load_state_dict(network.backbone.state_dict())
+        want = torch.cat([plain(x) for x in seen])
+        torch.testing.assert_close(encode(network, batch).features, want, rtol=1e-4, atol=1e-4)
+        for name, value in plain.named_buffers():
+            torch.testing.assert_close(dict(network.backbone.named_buffers())[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_accumulation_moves_the_centres_as_one_batch_does():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import ConfigError
 from moe_cl.methods import moco
-from moe_cl.models.build import Encoded
+from moe_cl.models.build import Encoded, build_backbone
 from tests.plain import Run, batch_of
 from tests.tiny import TinyNet
 
@@ -64,8 +64,34 @@ def run_once(views, symmetric):
     return Run(method, student, teacher).step(batch_of(views))
 
 
-def test_queue_shorter_than_a_step():
-    method = moco.MoCo(moco.Params(dim=4, queue=4), LocalComm())
-    student, teacher = method.build_student(TinyNet(6, 12)), method.build_teacher(TinyNet(6, 12))
-    with pytest.raises(ConfigError, match="params.queue"):
-        Run(method, student, teacher).step(batch_of([torch.randn(12, 6)]))
+def small(backbone="resnet18_cifar", **params):
+    method = moco.MoCo(moco.Params(dim=4, **params), LocalComm())
+    return method, method.build_student(build_backbone(backbone))
+
+
+def test_what_does_not_fit_a_batch_is_refused():
+    method, student = small(queue=32, bn_groups=4)
+    method.check(student, 8, 4)
+    for change, images, ranks, says in (
+        ({}, 8, 5, "params.queue=32 is smaller than the 40 keys of a step"),
+        ({"symmetric": True}, 8, 4, "the 64 keys"),
+        ({}, 6, 4, "params.bn_groups=4 does not divide the 6 images of a rank's micro-batch"),
+    ):
+        method, student = small(**{"queue": 32, "bn_groups": 4, **change})
+        with pytest.raises(ConfigError, match=says):
+            method.check(student, images, ranks)
+
+
+def test_what_does_nothing_is_said():
+    for change, ranks, samples, says in (
+        ({"bn_groups": 4}, 1, 100, []),
+        ({}, 2, 100, []),
+        ({"shuffle": False}, 1, 100, []),
+        ({}, 1, 100, ["params.shuffle does nothing on one rank"]),
+        ({"backbone": "vit_tiny"}, 1, 100, []),
+        ({"backbone": "vit_tiny", "bn_groups": 4}, 1, 100, ["params.bn_groups=4 does nothing: the backbone has no"]),
+        ({"bn_groups": 4}, 1, 32, ["params.queue=32 is not less than the 32 images of the data set"]),
+    ):
+        method, student = small(**{"queue": 32, **change})
+        notes = method.notes(student, 8, ranks, samples)
+        assert len(notes) == len(says) and all(map(str.startswith, notes, says)), (change, notes)

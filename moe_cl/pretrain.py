@@ -24,6 +24,7 @@ from moe_cl.engine.flops import count as count_flops
 from moe_cl.engine.guard import Guard
 from moe_cl.engine.notes import notes
 from moe_cl.engine.optim import set_hyper
+from moe_cl.engine.preemption import written
 from moe_cl.evals.online import online_knn
 from moe_cl.evals.record import write_json
 from moe_cl.spans import span
@@ -78,6 +79,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
 
         ahead = Ahead(loader)
         parts.stop = lambda: guard.requested() or ahead.failed is not None
+        code = 0
         if lost := data_lost(ahead, comm, track, state["step"]):  # before the first step: nothing to save
             return lost
 
@@ -117,13 +119,13 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 checkpoints.wait()
                 if lost := data_lost(ahead, comm, track, done):
                     return lost
-                guard.stopped(done)
+                code = guard.stopped(done)
                 track.killed()
                 break
         checkpoints.wait()
         for event in checkpoints.drain_events():
             track.event(**event)
-    return 0
+    return code
 
 
 def evaluate(cfg: RunConfig, built: setup.Built, track: Tracking, done: int) -> dict[str, float]:
@@ -179,9 +181,9 @@ def tracking(
     """Journal, console and MLflow of this run, opened with what matters about it."""
     out, comm, student = Path(cfg.out), built.parts.comm, built.parts.student
     if me.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        config.save(cfg, out / "config.yaml")
-        write_json(out / "ds_config.json", checks.ds_config(cfg, comm.world, built.device.type == "cpu"))
+        with written(out):
+            config.save(cfg, out / "config.yaml")
+            write_json(out / "ds_config.json", checks.ds_config(cfg, comm.world, built.device.type == "cpu"))
         print("== resolved config ==", (out / "config.yaml").read_text(), sep="\n", flush=True)
     everything, active = parameter_counts(student, cfg, comm)
     show = {
@@ -206,10 +208,11 @@ def tracking(
         flops = count_flops(cfg, comm.world)
         tags["active_gflops_per_image"] = f"{flops.image / 1e9:.6g}"
         show["arithmetic"] = str(flops)
-    return Tracking(
-        out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
-        total=total, tags=tags, datasets=[data], show=show, run_id=state.get("mlflow_run"), flops=flops,
-    )  # fmt: skip
+    with written(out):
+        return Tracking(
+            out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
+            total=total, tags=tags, datasets=[data], show=show, run_id=state.get("mlflow_run"), flops=flops,
+        )  # fmt: skip
 
 
 def parameter_counts(student: torch.nn.Module, cfg: RunConfig, comm: Comm) -> tuple[int, int]:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from moe_cl.engine.checkpoint import store
+from moe_cl.engine.heartbeat import read as read_signs
 from moe_cl.tracking.journal import read
 from tests.small import ENV, ROOT, launch, make_shards, settings
 from tests.test_cli import refuse
@@ -185,6 +189,60 @@ def test_lost_data_on_one_rank_saves_and_stops_all(tmp_path):
     assert [line for line in lines if line["kind"] == "end"][-1]["status"] == "FAILED"
     ran = [line for line in lines if line["kind"] == "step"]
     assert all(len(set(line["sample_ids"])) == 16 for line in ran)
+
+
+def test_a_full_disk_leaves_journal_heartbeat_and_signals_in_order(shards, tmp_path):
+    """A whole run whose files cannot grow, then can, then cannot: it goes on, says so, catches up, and is requeued."""
+    out, hard = tmp_path / "run", resource.RLIM_INFINITY
+    options = settings(shards, out, "moe.ep_size=1", "schedule.epochs=2000", "checkpoint.every_steps=20")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_cl", "pretrain", *options], cwd=ROOT, env=ENV, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    said: list[str] = []
+    listener = threading.Thread(target=lambda: said.extend(process.stderr))
+    listener.start()
+
+    def room(size):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def until(what):
+        deadline = time.monotonic() + 120
+        while not what():
+            assert process.poll() is None and time.monotonic() < deadline, "".join(said)[-2000:]
+            time.sleep(0.02)
+
+    def lost():
+        return sum("no checkpoint at step" in line for line in said)
+
+    def reached():
+        return read_signs(out, 1)[0].step
+
+    try:
+        until(lambda: store.latest_complete(out))
+        room(512)
+        until(lost)
+        good, at, written = store.latest_complete(out), reached(), len(steps(out))
+        until(lambda: reached() > at + 10)
+        assert store.latest_complete(out) == good and len(steps(out)) <= written + 1  # waiting in memory
+        room(hard)
+        until(lambda: store.latest_complete(out) != good)
+        lines = steps(out)
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > at
+        room(512)
+        failed = lost()
+        until(lambda: lost() > failed)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        listener.join()
+    last = store.step_of(store.latest_complete(out))
+    assert json.loads((out / "requeue").read_text())["step"] == last
+    assert (
+        sum("Traceback" in line for line in said) == 0
+        and f"goes on from the checkpoint of step {last}, not" in said[-1]
+    )
 
 
 def test_profile_writes_named_spans(shards, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -64,11 +65,33 @@ class Guard:
         self._now, self.heartbeat.step = (step, batches), step
         self.heartbeat("begin of the step")
 
-    def stopped(self, step: int) -> None:
-        """All ranks stop after ``step`` steps on request; rank 0 leaves the requeue mark if the checkpoint is there."""
+    def stopped(self, step: int) -> int:
+        """All ranks stop after ``step`` steps on request; returns this rank's exit code.
+
+        Rank 0 leaves the requeue mark. If the save failed, an older checkpoint is as good to go on from; without any,
+        or if the mark cannot be written either, the code is 1: nobody must take the run for done.
+        """
+        if self.rank != 0:
+            return 0
         last = store.latest_complete(self.out)
-        if self.rank == 0 and last is not None and store.step_of(last) == step:
-            mark_requeue(self.out, step, self.signals.name or "another rank was signalled")
+        kept = "no checkpoint" if last is None else f"the checkpoint of step {store.step_of(last)}"
+        why = "nothing could be saved"
+        if last is not None:
+            try:
+                mark_requeue(self.out, store.step_of(last), self.signals.name or "another rank was signalled")
+            except OSError as error:
+                why = f"no requeue mark could be left ({error.strerror})"
+            else:
+                if store.step_of(last) != step:
+                    print(f"warning: --resume goes on from {kept}, not {step}", file=sys.stderr, flush=True)
+                return 0
+        print(
+            f"moe_cl: stopped on request after step {step}, but {why}: {self.out} has {kept}; make room there, then "
+            "start again with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import socket
 import struct
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_cl.comm import Comm
+from moe_cl.engine.preemption import written
 
 _RECORD = struct.Struct("<qqd48s32s")  # step, number of the sign in this run, unix time, what, host
 
@@ -42,26 +44,50 @@ class Sign:
 class Heartbeat:
     """``beat("all_reduce")`` before each collective; ``step`` is set by the loop.
 
+    The first sign is given before the ranks meet, when only rank 0 knows whether another run has the out dir: it stands
+    in a file of its own, ``start-RANK``, and ``rank-RANK`` is this run's from the second sign on.
+
     Args:
         out: run directory.
         rank: this rank.
+
+    Raises ConfigError if the directory does not take the file.
     """
 
     def __init__(self, out: str | Path, rank: int):
         self.folder, self.rank, self.step, self.count = Path(out) / "heartbeats", rank, 0, 0
         self._host = socket.gethostname().encode()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = _path(self.folder, rank)
-        path.write_bytes(bytes(_RECORD.size))
-        self._file = open(path, "r+b")
-        self._map = mmap.mmap(self._file.fileno(), _RECORD.size)
+        with written(out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open(_path(self.folder, rank, "start"))
         self("start")
+
+    def _open(self, path: Path) -> None:
+        """Map a new file in the place of ``path``: another process may have the old one mapped, and a mapped file that
+        is cut short ends it (SIGBUS)."""
+        new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        with contextlib.ExitStack() as undo:
+            undo.callback(new.unlink, missing_ok=True)
+            new.write_bytes(bytes(_RECORD.size))
+            with open(new, "r+b") as file:
+                mapped = mmap.mmap(file.fileno(), _RECORD.size)
+            os.replace(new, path)
+        self._map = mapped
 
     def __call__(self, what: str) -> None:
         """Note ``what`` is about to happen."""
         self.count += 1
+        if self.count == 2:
+            self._met()
         self.last = time.monotonic()
         self._map[:] = _RECORD.pack(self.step, self.count, time.time(), what.encode()[:48], self._host)
+
+    def _met(self) -> None:
+        try:
+            self._open(_path(self.folder, self.rank))
+            _path(self.folder, self.rank, "start").unlink(missing_ok=True)
+        except OSError as error:  # the first file goes on, and is read too
+            print(f"warning: {self.folder}: {error.strerror}; the run goes on", file=sys.stderr, flush=True)
 
     def attach(self, comm: Comm, engine: Any = None) -> None:
         """Beat before every collective of ``comm`` and before the engine's own (gradient reduction, weight gather)."""
@@ -72,13 +98,16 @@ class Heartbeat:
 
     def close(self) -> None:
         """This rank is done."""
-        self("done")
+        if self.count > 1:
+            self("done")
+        else:  # the ranks have not met: this one did not come
+            with contextlib.suppress(OSError):  # it lies there until the next start
+                _path(self.folder, self.rank, "start").unlink(missing_ok=True)
         self._map.close()
-        self._file.close()
 
 
-def _path(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}"
+def _path(folder: Path, rank: int, kind: str = "rank") -> Path:
+    return folder / f"{kind}-{rank:05d}"
 
 
 def _beating(call: Callable[..., Any], heartbeat: Heartbeat, what: str) -> Callable[..., Any]:
@@ -93,9 +122,14 @@ def read(out: str | Path, world: int) -> list[Sign]:
     """The last sign of every rank of ``world`` that left one."""
     signs = []
     for rank in range(world):
-        with contextlib.suppress(OSError, struct.error):
-            step, count, when, what, host = _RECORD.unpack(_path(Path(out) / "heartbeats", rank).read_bytes())
-            signs.append(Sign(rank, step, count, when, *(word.rstrip(b"\0").decode() for word in (what, host))))
+        found = []
+        for kind in ("rank", "start"):
+            with contextlib.suppress(OSError, struct.error):
+                path = _path(Path(out) / "heartbeats", rank, kind)
+                step, count, when, what, host = _RECORD.unpack(path.read_bytes())
+                found.append(Sign(rank, step, count, when, *(word.rstrip(b"\0").decode() for word in (what, host))))
+        if found:  # the later one: a start that waits for the others, or a run that went on
+            signs.append(max(found, key=lambda sign: sign.when))
     return signs
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,7 +49,10 @@ class Preemption:
 
 
 def mark_requeue(out: str | Path, step: int, reason: str) -> Path:
-    """Leave ``OUT/requeue``: this run stopped on request after ``step`` steps and wants to go on (``--resume``)."""
+    """Leave ``OUT/requeue``: this run stopped on request and wants to go on (``--resume``) from step ``step``.
+
+    Raises OSError.
+    """
     path = Path(out) / MARK
     hidden = path.with_name(f".{MARK}.tmp")
     hidden.write_text(json.dumps({"step": step, "reason": reason, "time": time.time()}) + "\n")
@@ -56,8 +61,19 @@ def mark_requeue(out: str | Path, step: int, reason: str) -> Path:
 
 
 def clear_requeue(out: str | Path) -> None:
-    """The run goes on: the mark is used up."""
-    (Path(out) / MARK).unlink(missing_ok=True)
+    """The run goes on: the mark is used up. Raises ConfigError if it cannot be removed."""
+    with written(out):
+        (Path(out) / MARK).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written(out: str | Path) -> Iterator[None]:
+    """A start writes into its out dir: what the disk refuses is a ConfigError, one line."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"out dir {out} cannot be written ({why}): make room, or take another --out") from None
 
 
 class OutLock:
@@ -69,21 +85,23 @@ class OutLock:
     def __init__(self, out: str | Path):
         """Raises ConfigError if another run holds it, or the directory cannot be written."""
         self.path = Path(out) / ".lock"
-        try:
+        with written(out):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+")
-        except OSError as error:
-            raise ConfigError(f"out dir {out} cannot be written ({error.strerror}): take another --out") from None
+            # Without a buffer: what a full disk refuses is refused here, and not once more when the file is closed.
+            self._file = open(self.path, "a+b", buffering=0)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
+            owner = self._file.read().decode(errors="replace").strip() or "another process"
             self._file.close()
             raise ConfigError(f"out dir {out} is in use by {owner}: stop that run or take another --out") from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._file.flush()
+        line = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        with written(out), contextlib.ExitStack() as undo:
+            undo.callback(self._file.close)
+            self._file.truncate(0)
+            self._file.write(line.encode())
+            undo.pop_all()
 
     def close(self) -> None:
         """Give the directory back."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moe_cl.comm import LocalComm
+from moe_cl.config import ConfigError
 from moe_cl.engine import heartbeat
 from moe_cl.engine.guard import Guard
 from moe_cl.engine.heartbeat import Heartbeat, RankLost, Watch, survivors
@@ -44,6 +45,35 @@ def test_a_rank_that_never_came_is_named_whatever_an_earlier_run_left(tmp_path):
     with pytest.raises(RankLost, match="^rank 1, 3 of 4 did not come to the start; rank 0 waited on "):
         with survivors(mine, 4):
             raise RuntimeError("Timed out after 5 seconds waiting for clients. 2/4 clients joined.")
+
+
+def test_a_start_that_is_refused_leaves_a_healthy_runs_signs_alone(tmp_path):
+    """Only rank 0 takes the out dir's lock: other ranks of a second start are here before they hear that it is held."""
+    healthy = Heartbeat(tmp_path, 1)
+    healthy("all_reduce")
+    path = tmp_path / "heartbeats" / "rank-00001"
+    mapped = path.stat()
+    second = Heartbeat(tmp_path, 1)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (mapped.st_ino, mapped.st_mtime_ns)
+    healthy("all_to_all")
+    assert heartbeat.read(tmp_path, 2)[0].what == "all_to_all"
+    second.close()
+    assert [file.name for file in path.parent.iterdir()] == ["rank-00001"]
+    third = Heartbeat(tmp_path, 1)
+    third("all_reduce")  # of a run that went on while the first one hung, say: never the file that is mapped there
+    healthy("all_reduce")
+    assert path.stat().st_ino != mapped.st_ino and heartbeat.read(tmp_path, 2)[0].count == 2
+
+
+def test_a_full_disk_at_the_start_is_one_line_and_later_a_warning(tmp_path, no_room, capsys):
+    early = Heartbeat(tmp_path, 0)
+    with no_room():
+        with pytest.raises(ConfigError, match="cannot be written") as error:
+            Heartbeat(tmp_path / "other", 0)
+        early("all_reduce")
+    assert "\n" not in str(error.value) and "goes on" in capsys.readouterr().err
+    assert heartbeat.read(tmp_path, 1)[0].what == "all_reduce"
+    assert [file.name for file in (tmp_path / "heartbeats").iterdir()] == ["start-00000"]
 
 
 def test_other_errors_pass(tmp_path):

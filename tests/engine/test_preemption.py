@@ -8,6 +8,9 @@ import signal
 import pytest
 
 from moe_cl.config import ConfigError
+from moe_cl.engine.checkpoint import store
+from moe_cl.engine.checkpoint.format import MANIFEST
+from moe_cl.engine.guard import Guard
 from moe_cl.engine.preemption import OutLock, Preemption, clear_requeue, mark_requeue
 
 
@@ -60,3 +63,41 @@ def test_the_requeue_mark(tmp_path):
     clear_requeue(tmp_path)
     clear_requeue(tmp_path)
     assert not path.exists()
+
+
+def test_a_full_disk_at_the_start_is_one_line(tmp_path, no_room):
+    with no_room(), pytest.raises(ConfigError, match="cannot be written") as error:
+        OutLock(tmp_path)
+    assert "\n" not in str(error.value)
+    OutLock(tmp_path).close()
+
+
+def checkpoint(out, step):
+    """What is complete by its name and manifest."""
+    path = store.root(out) / store.directory_name(step)
+    path.mkdir(parents=True)
+    (path / MANIFEST).write_text("{}")
+
+
+@pytest.mark.parametrize(("saved", "marked"), [(9, 9), (6, 6), (None, None)])
+def test_a_stop_whose_save_failed_is_not_taken_for_the_end(tmp_path, capsys, saved, marked):
+    """launchers/slurm.sbatch requeues on exit code 0 and a mark; 0 without a mark is a run that is done."""
+    with Guard(tmp_path, 0, 1) as guard:
+        if saved:
+            checkpoint(tmp_path, saved)
+        code = guard.stopped(9)
+    line, mark = capsys.readouterr().err, tmp_path / "requeue"
+    assert (code, mark.exists()) == ((0, True) if marked else (1, False))
+    if marked:
+        assert json.loads(mark.read_text())["step"] == marked
+    assert line.count("\n") == (saved != 9) and ("step 6, not 9" in line if saved == 6 else True)
+    assert saved or "nothing could be saved" in line and "--resume" in line
+
+
+def test_a_stop_that_cannot_be_marked_is_said_by_the_exit_code(tmp_path, capsys, no_room):
+    with Guard(tmp_path, 0, 1) as guard:
+        checkpoint(tmp_path, 6)
+        with no_room():
+            assert guard.stopped(9) == 1
+    line = capsys.readouterr().err
+    assert "no requeue mark could be left" in line and "the checkpoint of step 6" in line and line.count("\n") == 1

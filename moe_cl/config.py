@@ -182,7 +182,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvalConfig:
-    """Online kNN of the teacher during pretraining."""
+    """Online kNN during pretraining, of the side that the method's authors evaluate."""
 
     knn_every: Amount = 0.0  # epochs; 0 = only when asked for
     bank: str = ""  # labelled training shards
@@ -300,14 +300,14 @@ def to_tree(value: Any) -> Any:
     return dataclasses.asdict(value)
 
 
-def save(cfg: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML: the whole of it, or what was there before stays (a run starts from it again).
+def save(cfg: RunConfig | dict[str, Any], path: Path) -> None:
+    """Write the resolved config (or its plain tree) as YAML: the whole of it, or what was there before stays.
 
     Raises OSError.
     """
     part = path.with_name(f".{path.name}.part")
     with open(part, "w") as file:
-        file.write(yaml.safe_dump(to_tree(cfg), sort_keys=False))
+        file.write(yaml.safe_dump(cfg if isinstance(cfg, dict) else to_tree(cfg), sort_keys=False))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

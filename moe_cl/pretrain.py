@@ -28,7 +28,7 @@ from moe_cl.engine.preemption import written
 from moe_cl.evals.online import online_knn
 from moe_cl.evals.record import write_json
 from moe_cl.spans import span
-from moe_cl.tracking import environment
+from moe_cl.tracking import environment, redact
 from moe_cl.tracking.progress import count
 from moe_cl.tracking.run import Tracking
 from moe_cl.views.device import to_device
@@ -42,6 +42,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
     batch = checks.check(cfg, me.world)
     torch.set_num_threads(cfg.engine.threads or max(1, torch.get_num_threads() // me.local_world))
     spec, out = build_spec(cfg.views), Path(cfg.out)
+    begun = checks.begun(cfg)  # on every rank before rank 0 writes there
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(Guard(out, me.rank, me.world))
         # The loader first: what is wrong with the data is said before any rank meets another.
@@ -55,7 +56,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         if built.device.type == "cpu":
             keep_freed_memory()
         parts, method = built.parts, built.parts.method
-        tree = config.to_tree(cfg)
+        tree = redact.value("config", config.to_tree(cfg))  # what is kept of it: no password, no signed URL
         checkpoints = stack.enter_context(
             Checkpointer(
                 out, cfg.checkpoint, comm, parts.engine, parts.student, parts.teacher, method, config=tree,
@@ -71,7 +72,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         state = state or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:
             loader.load_state_dict(state["loader"])
-        track = stack.enter_context(tracking(cfg, batch, built, loader, me, state, total))
+        track = stack.enter_context(tracking(cfg, tree, batch, built, loader, me, state, total, begun))
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         driver = large_batch.step if cfg.batch.exact_large_batch else step.step
@@ -175,14 +176,14 @@ def profiling(cfg: RunConfig, number: int, rank: int) -> Iterator[None]:
 
 
 def tracking(
-    cfg: RunConfig, batch: checks.BatchIdentity, built: setup.Built, loader: Loader, me: ranks.Ranks,
-    state: dict[str, Any], total: int,
+    cfg: RunConfig, tree: dict[str, Any], batch: checks.BatchIdentity, built: setup.Built, loader: Loader,
+    me: ranks.Ranks, state: dict[str, Any], total: int, begun: bool,
 ) -> Tracking:  # fmt: skip
     """Journal, console and MLflow of this run, opened with what matters about it."""
     out, comm, student = Path(cfg.out), built.parts.comm, built.parts.student
     if me.rank == 0:
         with written(out):
-            config.save(cfg, out / "config.yaml")
+            config.save(tree, out / "config.yaml")
             write_json(out / "ds_config.json", checks.ds_config(cfg, comm.world, built.device.type == "cpu"))
         print("== resolved config ==", (out / "config.yaml").read_text(), sep="\n", flush=True)
     everything, active = parameter_counts(student, cfg, comm)
@@ -201,7 +202,7 @@ def tracking(
     data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
     for number, note in enumerate(notes(cfg, batch, built.parts.method, student, len(loader.dataset)), 1):
         show["note" if number == 1 else f"note {number}"] = note
-    resumed = f"step {state['step']}" if state["step"] else None
+    resumed = f"step {state['step']}" if state["step"] or begun else None
     tags = environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed)
     flops = None
     if me.rank == 0:
@@ -210,8 +211,9 @@ def tracking(
         show["arithmetic"] = str(flops)
     with written(out):
         return Tracking(
-            out, cfg.track, config.to_tree(cfg), rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
+            out, cfg.track, tree, rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
             total=total, tags=tags, datasets=[data], show=show, run_id=state.get("mlflow_run"), flops=flops,
+            continues=begun,
         )  # fmt: skip
 
 

@@ -126,6 +126,8 @@ def resolve(pattern: str) -> Dataset:
     """
     if not pattern.strip():
         raise ConfigError("data.train is empty; give a folder made by `python -m data_prep shard`, or a brace pattern")
+    if "://" in pattern and "***" in pattern:
+        raise ConfigError(f"{pattern}: its credentials are not kept with the run; name the data set again, with them")
     shards: list[Shard] = []
     sources: list[Source] = []
     for part in pattern.split("::"):

@@ -14,6 +14,8 @@ from moe_cl import config as settings
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import ds_keys
 from moe_cl.engine.checkpoint import store
+from moe_cl.tracking import redact
+from moe_cl.tracking.tail import parts
 
 # What a run is, and of it what may differ from start to start.
 SHAPING = ("params", "moe", "optim", "views", "teacher", "batch")
@@ -213,8 +215,7 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
         return
     if not cfg.resume:
         raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
-    theirs = settings.read_yaml(out / "config.yaml") if (out / "config.yaml").is_file() else {}
-    mine = settings.to_tree(cfg)
+    theirs, mine = _theirs_and_mine(cfg)
     for key in ("method", "seed", "model"):
         if key in theirs and theirs[key] != mine[key]:
             raise ConfigError(
@@ -240,11 +241,28 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
             raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
 
 
+def begun(cfg: RunConfig) -> bool:
+    """Whether ``cfg`` resumes a run of the same settings that was begun in its out dir, be it without a checkpoint."""
+    if not (cfg.resume and parts(Path(cfg.out) / "journal.jsonl")):
+        return False
+    theirs, mine = map(settings.flatten, _theirs_and_mine(cfg))
+    same = ("method", "seed", "model", "schedule", *SHAPING)
+    order = ("data.train", "data.repeat", "data.streams", "data.window")
+    keys = [k for k in mine if (k.split(".")[0] in same and k not in (*STOPS, *LAYOUT)) or k in order]
+    return all(k in theirs and theirs[k] == mine[k] for k in keys)
+
+
+def _theirs_and_mine(cfg: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the run in the out dir ({} if there is none) and ``cfg``'s, both without credentials: those are
+    kept nowhere, and may be others at each start."""
+    path = Path(cfg.out) / "config.yaml"
+    theirs = settings.read_yaml(path) if path.is_file() else {}
+    return redact.value("config", theirs), redact.value("config", settings.to_tree(cfg))
+
+
 def without_effect(cfg: RunConfig) -> str:
     """What ``cfg`` sets otherwise than the finished run in its out dir, as the end of a line; "" if nothing."""
-    path = Path(cfg.out) / "config.yaml"
-    theirs = settings.flatten(settings.read_yaml(path)) if path.is_file() else {}
-    mine = settings.flatten(settings.to_tree(cfg))
+    theirs, mine = map(settings.flatten, _theirs_and_mine(cfg))
     other = [f"{k}={v} (was {theirs[k]})" for k, v in mine.items() if k in theirs and theirs[k] != v and k != "resume"]
     return f"; set otherwise now, without an effect: {', '.join(other)}" if other else ""
 
@@ -257,13 +275,8 @@ def steps_per_epoch(checkpoint: Path) -> int | None:
         return None
 
 
-def check(cfg: RunConfig, world: int) -> BatchIdentity:
-    """Everything above, and the machine's own tools. Raises ConfigError."""
-    on_cpu = os.environ.get("DS_ACCELERATOR", "") == "cpu"
-    settings.validate(cfg)
-    check_moe(cfg, world)
-    batch = batch_identity(cfg, world)
-    ds_config(cfg, world, on_cpu)
+def check_length(cfg: RunConfig) -> None:
+    """Steps and epochs that do not follow one another."""
     profile = cfg.engine.profile
     if profile is not None and profile[0] > profile[1]:
         raise ConfigError(f"engine.profile {profile} takes two steps, the first of them first: [from, to]")
@@ -272,6 +285,16 @@ def check(cfg: RunConfig, world: int) -> BatchIdentity:
             f"schedule.warmup_epochs {cfg.schedule.warmup_epochs} is longer than the {cfg.schedule.epochs} epochs; "
             "make it shorter too"
         )
+
+
+def check(cfg: RunConfig, world: int) -> BatchIdentity:
+    """Everything above, and the machine's own tools. Raises ConfigError."""
+    on_cpu = os.environ.get("DS_ACCELERATOR", "") == "cpu"
+    settings.validate(cfg)
+    check_moe(cfg, world)
+    batch = batch_identity(cfg, world)
+    ds_config(cfg, world, on_cpu)
+    check_length(cfg)
     if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ConfigError(
             "no g++ found: DeepSpeed and torch.compile build their parts with it; install it (apt-get install g++)"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from moe_cl.config import ConfigError
+from moe_cl.config import ConfigError, read_yaml
 from moe_cl.tracking.journal import read
 
 
@@ -78,6 +77,11 @@ class Run:
         return [line for line in self.lines if line["kind"] == "event"]
 
     @property
+    def id(self) -> str:
+        """The journal's id: another run in the same out dir has another."""
+        return next((line.get("id", "") for line in self.lines if line["kind"] == "journal"), "")
+
+    @property
     def status(self) -> str:
         """FINISHED, FAILED, KILLED, or RUNNING (also: ended without a word)."""
         ends = [line["status"] for line in self.lines if line["kind"] == "end"]
@@ -92,7 +96,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The resolved config; {} if it was not saved."""
         path = self.out / "config.yaml"
-        return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+        return read_yaml(path) if path.is_file() else {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -111,7 +115,13 @@ class Run:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.out / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            found = json.loads(path.read_text()) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); mend it, or delete it and ask again") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} is not what a run writes there; delete it and ask again")
+        return found
 
     @cached_property
     def seconds(self) -> float:

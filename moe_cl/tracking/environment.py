@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from moe_cl.tracking import redact
+from moe_cl.tracking.command import command
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "mlflow", "webdataset", "numpy", "opencv-python-headless")
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "KUBERNETES_JOB", "CI_JOB_ID")
@@ -61,8 +60,8 @@ def tags(method: str, backbone: str, world: int, ep_size: int, resumed_from: str
     return out
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions and command line (``environment.json`` of a run). Does not start an accelerator."""
+def describe(resumed: bool = False) -> dict[str, Any]:
+    """Machine, versions and the command of the run (``environment.json``). Does not start an accelerator."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -71,7 +70,7 @@ def describe() -> dict[str, Any]:
             continue
     state = git()
     return {
-        "command": redact.text(shlex.join([Path(sys.executable).name, *_arguments()])),
+        "command": command(resumed),
         "folder": str(Path.cwd()),
         "host": socket.gethostname(),
         "system": platform.platform(),
@@ -83,14 +82,6 @@ def describe() -> dict[str, Any]:
         "git": {"commit": state[0], "dirty": state[1]} if state else None,
         "packages": versions,
     }
-
-
-def _arguments() -> list[str]:
-    """The command line as it was typed: ``-m moe_cl`` for a module's file."""
-    main = Path(sys.argv[0])
-    if main.name == "__main__.py":
-        return ["-m", main.parent.name, *sys.argv[1:]]
-    return list(sys.argv)
 
 
 def _processor() -> str:

@@ -28,6 +28,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from moe_cl.tracking import redact
 from moe_cl.tracking.tail import header, lines, part_path, parts, read
 
 __all__ = ["Journal", "NullJournal", "read"]
@@ -61,8 +62,8 @@ class NullJournal:
         self.write("step", step=step, values=values, samples=samples, **more)
 
     def event(self, name: str, step: int | None = None, **fields: Any) -> None:
-        """Something that happened once."""
-        self.write("event", name=name, step=step, **fields)
+        """Something that happened once. Credentials in its fields (of a URL that failed) are left out."""
+        self.write("event", name=name, step=step, **redact.value("event", fields))
 
     def evaluation(self, name: str, step: int, values: dict[str, Any]) -> None:
         """Results of one evaluation."""
@@ -194,7 +195,7 @@ def _cut(path: Path, step: int) -> int:
         if line["kind"] != "end" and (line.get("step") is None or line["step"] <= step):
             kept += raw
     if len(kept) != len(data):
-        _replace(path, bytes(kept))
+        replace(path, bytes(kept))
     return reached
 
 
@@ -213,13 +214,14 @@ def _compact(path: Path, keep: int) -> None:
                     count += line["kind"] == "step"
                     if line["kind"] != "journal" and (line["kind"] != "step" or count % 2):
                         out += raw
-            _replace(second, bytes(out))  # from here on readers leave ``first`` out
+            replace(second, bytes(out))  # from here on readers leave ``first`` out
             first.unlink()
     except OSError as error:
         print(f"journal: {path}: {error}; old files are not made smaller", file=sys.stderr)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes) -> None:
+    """All of it or nothing of it, also after a power cut. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)

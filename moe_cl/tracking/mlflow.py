@@ -23,8 +23,11 @@ from typing import Any
 
 from moe_cl.config import ConfigError, TrackConfig, flatten
 from moe_cl.tracking import redact
+from moe_cl.tracking.address import check, embedded, kept, tracking_uri
 
-DATABASE, ARTIFACT_FOLDER, LOCK, LOG = "mlflow.db", "mlflow-artifacts", "mlflow.lock", "mlflow.log"
+__all__ = ["Busy", "Handle", "check", "run_id", "start", "sync", "tracking_uri"]
+
+ARTIFACT_FOLDER, LOCK, LOG = "mlflow-artifacts", "mlflow.lock", "mlflow.log"
 POLL, LONGEST_PAUSE = 1.0, 30.0  # seconds between rounds, and after failures at most
 # Slurm and DeepSpeed's launcher signal every process of a run: the parent says when to stop, or dies.
 NOT_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -40,33 +43,12 @@ ENVIRONMENT = {
 }
 
 
-def tracking_uri(out: Path, uri: str | None) -> str:
-    """Where to: ``uri``, else MLFLOW_TRACKING_URI, else SQLite in the out dir."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or _embedded(out)
-
-
 def _program() -> str:
     """What starts MLflow in a shell that knows nothing of this program's virtual environment."""
     path = Path(sys.prefix) / "bin" / "mlflow"
     if sys.prefix == sys.base_prefix or not path.exists():
         return "mlflow"
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _embedded(out: Path) -> str:
-    return f"sqlite:///{out.resolve() / DATABASE}"
-
-
-def check(track: TrackConfig) -> None:
-    """Raise ConfigError for an address that can never work (before any process is started)."""
-    uri = tracking_uri(Path(), track.uri)
-    known = ("http://", "https://", "sqlite:", "postgresql", "mysql", "mssql", "databricks")
-    if uri != "none" and not uri.startswith(known):
-        raise ConfigError(
-            f"track.uri: {redact.text(uri)!r} is no MLflow address; give http(s)://HOST:PORT, sqlite:///FILE or none"
-        )
-    if uri.startswith("sqlite:///") and not Path(uri[len("sqlite:///") :]).parent.is_dir():
-        raise ConfigError(f"track.uri: the folder of {uri} does not exist")
 
 
 class Handle:
@@ -139,13 +121,13 @@ def start(
     """
     out = Path(out)
     uri = tracking_uri(out, track.uri)
-    shown = redact.text(uri)
+    shown = redact.setting(uri)
     if uri == "none":
         return Handle(out, None, "none", "")
     database = uri.startswith("sqlite:")
     open_with = f"{_program()} ui --backend-store-uri {shown}" if database else shown
     request = {
-        "uri": None if uri == _embedded(out) else shown,
+        "uri": None if uri == embedded(out) else shown,
         "experiment": track.experiment,
         "run_name": track.run_name or out.resolve().name,
         "run_id": run_id,
@@ -197,11 +179,21 @@ def run_id(out: str | Path) -> str | None:
         return None
 
 
-def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status: str | None = None) -> dict[str, Any]:
+class Busy(ConfigError):
+    """The run's own tracker is at work."""
+
+
+def sync(
+    out: str | Path, uri: str | None = None, seconds: float = 600.0, status: str | None = None, new_run: bool = False
+) -> dict[str, Any]:
     """Send what an ended (or interrupted) run has not delivered yet, in the foreground.
 
+    Args:
+        uri: another server than the run's. seconds: give up after. status: how the run ended, if it did not say.
+        new_run: if the run was deleted in MLflow, make another, with everything.
+
     Returns: ``sent`` points, ``waiting`` points, ``done``, ``run_id``, ``uri``, and ``error`` (why not, if not done).
-    Raises: ConfigError if there is no run in ``out`` or its own tracker is at work.
+    Raises: ConfigError if there is no run in ``out``, or its server's credentials are not given again; Busy.
     """
     out = Path(out)
     if not (out / "track.json").exists():
@@ -210,14 +202,10 @@ def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status
         try:
             _take(lock)
         except BlockingIOError:
-            raise ConfigError(f"{out}: the run's own tracker is at work; wait until the run has ended") from None
+            raise Busy(f"{out}: the run's own tracker is at work; wait until the run has ended") from None
         os.environ.update({**ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"})
-        asked = uri or json.loads((out / "track.json").read_text()).get("uri")
-        if asked and redact.HIDDEN in asked:  # credentials are not kept: they come from the environment again
-            asked = os.environ.get("MLFLOW_TRACKING_URI") or asked
-        # A run that kept to its own data base goes on there, whatever the environment says today.
-        uri = asked or _embedded(out)
-        sender = _sender(out, uri, live=False)
+        uri = uri or kept(out)
+        sender = _sender(out, uri, live=False, new_run=new_run)
         if status:
             sender.state.status = status
         deadline, pause, error = time.monotonic() + seconds, 0.5, None
@@ -229,7 +217,9 @@ def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status
                 sender.state.status = "KILLED"  # nobody writes the journal and it has no end
                 continue
             except Exception as reason:  # whatever the library or the server throws: try again until the deadline
-                error = redact.text(f"{type(reason).__name__}: {reason}")
+                error = _words(reason)
+                if type(reason).__name__ == "Deleted":  # trying again does not mend that
+                    deadline = 0.0
             if time.monotonic() + pause > deadline:
                 ended = False
                 break
@@ -237,7 +227,12 @@ def sync(out: str | Path, uri: str | None = None, seconds: float = 600.0, status
             pause = min(LONGEST_PAUSE, pause * 2)
         state = sender.state
         out_values = {"sent": sender.sent, "waiting": sender.waiting(), "done": error is None, "ended": ended}
-        return out_values | {"run_id": state.run_id or None, "uri": redact.text(uri), "error": error}
+        return out_values | {"run_id": state.run_id or None, "uri": redact.setting(uri), "error": error}
+
+
+def _words(error: Exception) -> str:
+    kind = type(error).__name__
+    return str(error) if kind == "Deleted" else redact.text(f"{kind}: {error}")
 
 
 def _take(lock: Any) -> None:
@@ -250,14 +245,14 @@ def _take(lock: Any) -> None:
         _say(f"{lock.name}: {error}; going on without a lock")
 
 
-def _sender(out: Path, uri: str, live: bool) -> Any:
+def _sender(out: Path, uri: str, live: bool, new_run: bool = False) -> Any:
     from mlflow.tracking import MlflowClient
 
     from moe_cl.tracking.sender import Sender
 
     root = (out.resolve() / ARTIFACT_FOLDER).as_uri() if uri.startswith("sqlite:") else None
     _create(uri)
-    return Sender(out, MlflowClient(uri), live, root)
+    return Sender(out, MlflowClient(uri), live, root, new_run)
 
 
 def _create(uri: str) -> None:
@@ -326,7 +321,7 @@ def follow(out: Path, parent_pid: int) -> int:
                     _say("delivering again")
                 problem = ""
             except Exception as error:  # nothing that a server or a library does may end the child before its parent
-                new = redact.text(f"{type(error).__name__}: {error}")
+                new = _words(error)
                 if new != problem:
                     _say(new)
                 problem, pause = new, min(LONGEST_PAUSE, pause * 2)

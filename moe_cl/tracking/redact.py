@@ -4,30 +4,65 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 HIDDEN = "***"
-_SECRET_NAME = re.compile(r"password|passwd|secret|credential|api_?key|access_?key|auth_?token|(^|[._])token$", re.I)
-_USERINFO = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
-_QUERY = re.compile(r"([?&][\w.-]*(?:sig|signature|token|secret|password|credential|key)[\w.-]*=)[^&\s'\"]+", re.I)
+_SECRET_NAME = re.compile(
+    r"passw|pwd|passphrase|secret|credential|api_?key|access_?key|auth_?token|(^|[._])(token|pass)$", re.I
+)
+_NO_SECRET = ("PWD", "OLDPWD")  # where the shell stands
+_URLS = re.compile(r"://[^\s'\"]+")
+_AUTHORITY = re.compile(r"[^/?#]*")
+_PORT = re.compile(r"(\[.*\]|[^:]*)(:[\d{}.,]*)?$")  # no password stands here: HOST, HOST:5000, [::1]:5000
+_QUERY = re.compile(
+    r"([?&;][\w.-]*(?:sig|token|secret|credential|pass|pwd|key|auth|jwt|sas|odbc_connect)[\w.-]*=)[^&\s'\"]+",
+    re.I,
+)
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.I)
+
+
+def _without_user(urls: str) -> str:
+    """One URL or several (``URL::URL``) without what stands between ``://`` and ``@``.
+
+    A password may hold what it should have as %40 or %2F: everything up to the last ``@`` goes, as soon as there is an
+    ``@`` before the first slash, or what stands there ends in ``:`` and no port.
+    """
+    first, *rest = urls.split("://")
+    out, begun = [first], ""
+    for part in rest:
+        authority = _AUTHORITY.match(part := begun + part)[0]
+        begun = ""
+        if "@" in authority or not _PORT.match(authority):
+            if "@" not in part:  # the password has a :// in it
+                begun = f"{part}://"
+                continue
+            part = HIDDEN + part[part.rindex("@") :]
+        out.append(part)
+    return "://".join([*out, begun.removesuffix("://")] if begun else out)
 
 
 def text(value: str) -> str:
     """``value`` without user:password in URLs, signed query values, authorisation headers and secrets of the
     environment (variables whose name says PASSWORD, TOKEN, SECRET ...)."""
-    value = _HEADER.sub(rf"\1 {HIDDEN}", _QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(HIDDEN, value)))
+    value = _URLS.sub(lambda found: _without_user(found[0]), value)
+    value = _HEADER.sub(rf"\1 {HIDDEN}", _QUERY.sub(rf"\1{HIDDEN}", value))
     for name, secret in os.environ.items():
-        if len(secret) >= 6 and (_SECRET_NAME.search(name) or name.endswith("_TOKEN")):
+        if len(secret) >= 6 and name not in _NO_SECRET and (_SECRET_NAME.search(name) or name.endswith("_TOKEN")):
             value = value.replace(secret, HIDDEN)
     return value
+
+
+def setting(value: str) -> str:
+    """As ``text``, of a text that is a URL to its end: no space or quotation mark in a password ends it."""
+    return text(_without_user(value))
 
 
 def value(name: str, value: Any) -> Any:
     """A setting that may be shown: strings redacted, hidden whole if its name is that of a secret."""
     if isinstance(value, str):
-        return HIDDEN if value and _SECRET_NAME.search(name) else text(value)
-    if isinstance(value, dict):
+        return HIDDEN if value and _SECRET_NAME.search(name) else setting(value)
+    if isinstance(value, Mapping):
         return {k: _value(f"{name}.{k}", v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_value(name, v) for v in value]
@@ -35,6 +70,11 @@ def value(name: str, value: Any) -> Any:
 
 
 _value = value  # the name that the comprehension above can see
+
+
+def bare(uri: str) -> str:
+    """A redacted URL that can be called: without the mark in the place of user and password."""
+    return uri.replace(f"://{HIDDEN}@", "://")
 
 
 class Stream:
@@ -46,6 +86,11 @@ class Stream:
     def write(self, value: str) -> int:
         """As a file's."""
         return self._stream.write(text(value))
+
+    def writelines(self, values: Iterable[str]) -> None:
+        """As a file's."""
+        for line in values:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_cl.config import TrackConfig
-from moe_cl.tracking import environment, mlflow
-from moe_cl.tracking.journal import Journal, NullJournal
+from moe_cl.tracking import environment, mlflow, redact
+from moe_cl.tracking.journal import Journal, NullJournal, replace
 from moe_cl.tracking.progress import Progress, banner, duration
 from moe_cl.tracking.system import Monitor
 
@@ -26,7 +26,8 @@ class Tracking:
     Args:
         out: the run's directory. track: settings. config: the resolved tree, written to ``config.yaml`` by the caller.
         rank: this rank; only 0 writes. node: True on one rank of each host, which samples the machine.
-        resume_step: steps done before this start, 0 for a fresh one.
+        resume_step: steps done before this start. continues: the run of the journal that lies in ``out`` goes on, be it
+            from step 0; always so if steps were done.
         total: steps of the whole run. tags, datasets, run_id: see ``mlflow.start``. show: rows of the banner.
         flops: of an image, for ``tflops`` and ``mfu`` of each step; None = these are left out.
     """
@@ -46,19 +47,23 @@ class Tracking:
         show: Mapping[str, Any],
         run_id: str | None = None,
         flops: Flops | None = None,
+        continues: bool = False,
     ):
         self.out, self.track, self.speaks = out, track, rank == 0
         self.status, self.flops, self.first, self.done = "FINISHED", flops, resume_step, resume_step
         self._begin, self._shown = time.monotonic(), {}
         self.journal, self.handle = NullJournal(), None
+        begin = resume_step if resume_step or continues else None
         if self.speaks:
-            self.journal = Journal(out / "journal.jsonl", resume_step or None)
-            (out / "environment.json").write_text(json.dumps(environment.describe(), indent=1))
+            self.journal = Journal(out / "journal.jsonl", begin)
+            described = environment.describe(resumed=begin is not None)
+            replace(out / "environment.json", json.dumps(described, indent=1).encode())
+            show = {name: redact.text(str(row)) for name, row in show.items()}
             self.handle = mlflow.start(out, track, tags, config=config, datasets=datasets, run_id=run_id)
-            self.journal.event("start", step=resume_step, total=total, **{k: str(v) for k, v in show.items()})
+            self.journal.event("start", step=resume_step, total=total, **show)
             rows = {**show, "out": out, "MLflow": self.handle.open_with or "off (track.uri=none)"}
             banner(rows, title="moe_cl pretrain")
-        self._monitor = Monitor(out, resume_step=resume_step or None) if node else None
+        self._monitor = Monitor(out, resume_step=begin) if node else None
         self.progress = Progress(total, resume_step, track.plain_seconds, every=track.every, enabled=self.speaks)
 
     @property
@@ -103,7 +108,7 @@ class Tracking:
         self.journal.event("stopped", step, reason=reason)
         self.progress.close()
         if self.speaks:
-            print(f"moe_cl: {reason}", file=sys.stderr, flush=True)
+            print(f"moe_cl: {redact.text(reason)}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Tracking:
         return self

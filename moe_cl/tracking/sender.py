@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from moe_cl.config import flatten
+from moe_cl.tracking.redact import bare
 from moe_cl.tracking.tail import Tail, header, parts
 
 STATE, REQUEST, JOURNAL, SYSTEM = "mlflow.state.json", "track.json", "journal.jsonl", "system"
@@ -79,6 +80,10 @@ def clean_key(key: str) -> str:
     return re.sub(r"[^\w\-. /:]", "_", key, flags=re.ASCII)[:KEY].strip("/ ") or "_"
 
 
+class Deleted(Exception):
+    """The run was deleted in MLflow: nothing can be sent to it, and nothing may be taken as sent."""
+
+
 def _refused(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
@@ -89,9 +94,12 @@ class Sender:
     Args:
         out: the run's folder. client: an MlflowClient with short time-outs. live: the run goes on (a run that had ended
             is opened again). artifact_root: where the embedded default keeps artifacts; None = the server's own place.
+        new_run: leave a run that was deleted alone: everything goes to another one.
     """
 
-    def __init__(self, out: Path, client: MlflowClient, live: bool, artifact_root: str | None = None):
+    def __init__(
+        self, out: Path, client: MlflowClient, live: bool, artifact_root: str | None = None, new_run: bool = False
+    ):
         self.out, self.client, self.live, self.artifact_root = out, client, live, artifact_root
         self.request: dict[str, Any] = json.loads((out / REQUEST).read_text())
         self.state = load_state(out)
@@ -101,6 +109,7 @@ class Sender:
             same = self.state.journal == "" or self.request.get("run_id") == self.state.run_id != ""
             self.state = State(journal=journal, run_id=self.state.run_id if same else "")
         self.state.run_id = self.state.run_id or self.request.get("run_id") or ""
+        self._replaces_deleted = new_run
         self._main, self._tails = Tail(out / JOURNAL), {}
         self._metrics: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
         self._evaluations: list[dict[str, Any]] = []
@@ -154,10 +163,10 @@ class Sender:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            # Another server, or a data base that was deleted: a new run there, with everything.
-            self.state = State(journal=state.journal, status=state.status)
-            self._main, self._tails, self._metrics, self._evaluations = Tail(self.out / JOURNAL), {}, [], []
-            return self._connect()
+            return self._start_over()  # another server, or a data base that was deleted
+        if self._replaces_deleted and run.info.lifecycle_stage == "deleted":
+            return self._start_over()
+        self._must_live(run)
         state.experiment_id = run.info.experiment_id
         for metric in run.data._metric_objs:  # the highest step of each key; the public dict has only values
             state.high_water[metric.key] = max(metric.step, state.high_water.get(metric.key, -1))
@@ -167,9 +176,24 @@ class Sender:
             self._opened = True
         state.uri = self.request.get("uri") or ""
         if state.uri.startswith("http"):
-            state.link = f"{state.uri.rstrip('/')}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+            state.link = f"{bare(state.uri).rstrip('/')}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
         self.save()
         self._agreed = True
+
+    def _start_over(self) -> None:
+        """A new run, with everything."""
+        self.state = State(journal=self.state.journal, status=self.state.status)
+        self._main, self._tails, self._metrics, self._evaluations = Tail(self.out / JOURNAL), {}, [], []
+        self._connect()
+
+    def _must_live(self, run: Any = None) -> None:
+        """Raises Deleted."""
+        run = run or self.client.get_run(self.state.run_id)
+        if run.info.lifecycle_stage == "deleted":
+            raise Deleted(
+                f"the run {self.state.run_id} was deleted in MLflow: restore it there, or start another with "
+                f"`python -m moe_cl track sync {self.out} --new-run`; nothing is lost, the journal has it all"
+            )
 
     def _experiment(self) -> str:
         name = self.request["experiment"]
@@ -231,6 +255,7 @@ class Sender:
             except MlflowException as error:
                 if not _refused(error):
                     raise
+                self._must_live()
                 for param in chunk:  # an older server takes 500 characters
                     short = Param(param.key, cut(param.value, 490))
                     self._or_skip(lambda p=short: self.client.log_batch(run_id, params=[p]), param.key)
@@ -310,6 +335,7 @@ class Sender:
         except MlflowException as error:
             if not _refused(error):
                 raise
+            self._must_live()
             if len(batch) == 1:
                 print(f"left out {batch[0].key} of step {batch[0].step}: {error}", file=sys.stderr)
                 return

@@ -144,12 +144,19 @@ class FlatView:
                     name, offset = self._names[id(p)], int(opt.grad_position[opt.get_param_id(p)][1])
                     yield Fragment(name, p, self.places[name], index, start, start + shard.numel(), offset)
 
-    def trained(self) -> set[str]:
-        """Names of all parameters of the optimizer, on whatever rank their pieces lie."""
-        if not self.zero:
-            return {fragment.name for fragment in self.fragments}
-        groups = self.optimizer.fp16_groups if self.third else self.optimizer.bit16_groups
-        return {self._names[id(p)] for group in groups for p in group}
+    def trained(self, part: str | None = None) -> set[str]:
+        """Names of all parameters of the optimizer, on whatever rank their pieces lie; with ``part`` those alone whose
+        groups ``optim.param_groups`` set apart so (``fresh``)."""
+        if self.zero:
+            groups = self.optimizer.fp16_groups if self.third else self.optimizer.bit16_groups
+        else:
+            groups = [group["params"] for group in self.inner.param_groups]
+        return {
+            self._names[id(p)]
+            for index, group in enumerate(groups)
+            for p in group
+            if part is None or part in self._group(index).get("origin", "").split("/")
+        }
 
     # -- the tensors ---------------------------------------------------------------------------------------------
     def holder(self, fragment: Fragment) -> Tensor:
@@ -160,8 +167,10 @@ class FlatView:
 
     def settings(self, fragment: Fragment) -> dict[str, Any]:
         """The parameter group (learning rate, decay ...) that the fragment is stepped with."""
-        group = fragment.group
-        return self.inner.param_groups[self.optimizer.sub_group_to_group_id[group] if self.third else group]
+        return self._group(fragment.group)
+
+    def _group(self, index: int) -> dict[str, Any]:
+        return self.inner.param_groups[self.optimizer.sub_group_to_group_id[index] if self.third else index]
 
     def master(self, fragment: Fragment) -> Tensor:
         """fp32 weights of a fragment, a 1-D view."""

@@ -101,15 +101,17 @@ def test_the_command(first, tmp_path, capsys):
     assert call("convert", out, tmp_path / "w.safetensors", "--what", "teacher") == 0
     state = load_file(tmp_path / "w.safetensors")
     assert state["backbone.blocks.1.mlp.experts.w1"].shape == (4, 16, 16)
-    other, _, _, saver = run(tmp_path / "other", ["view"], steps=1)
-    saver.save(1, {}, wait=True)
+    other, _, _, saver = run(tmp_path / "other", ["view"], steps=3)
+    with torch.no_grad():
+        other.backbone.cls_token.add_(1)
+    saver.save(3, {"step": 3, "loader": {"used": 24}}, wait=True)
     assert call("diff", out, out) == 0 and "all equal" in capsys.readouterr().out
     assert call("diff", out, tmp_path / "other") == 1
     assert "student/backbone.cls_token: largest difference" in capsys.readouterr().out
     assert call("diff", out, tmp_path / "other", "--tolerance", "1e9") == 0
     shard = latest_complete(tmp_path / "other") / "teacher-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
-    assert call("verify", tmp_path / "other") == 1 and "damaged: step-00000001" in capsys.readouterr().out
+    assert call("verify", tmp_path / "other") == 1 and "damaged: step-00000003" in capsys.readouterr().out
     for bad in (("ls", tmp_path), ("verify", tmp_path), ("convert", tmp_path, tmp_path / "x.safetensors")):
         with pytest.raises(ConfigError):
             call(*bad)
@@ -136,7 +138,72 @@ def test_a_dense_file_is_upcycled(tmp_path):
     assert torch.equal(teacher.backbone.blocks[1].mlp.experts.w1, net.backbone.blocks[1].mlp.experts.w1)
 
 
-# -- DeepSpeed's own native MoE ----------------------------------------------------------------------------------------
+def test_a_dense_run_is_upcycled(tmp_path):
+    """Straight from its directory: the student's weights, at step 0, the optimizer without a past."""
+    dense, _, _, saver = run(tmp_path / "dense", ["view"], steps=2, experts=False)
+    saver.save(2, {"step": 2}, wait=True)
+    net, teacher, adamw, saver = run(tmp_path / "sparse", ["view"], init=tmp_path / "dense")
+    router = net.backbone.blocks[1].mlp.router.weight.clone()
+    start.check(tmp_path / "dense")
+    report = saver.init_from(tmp_path / "dense")
+    assert report.upcycled and report.extra is None and not adamw.state
+    assert "(experts from the dense blocks), fresh: backbone.blocks.1.mlp.router.weight, unused: none" in str(report)
+    theirs = dict(dense.state_dict())
+    for name, value in net.state_dict().items():
+        if ".mlp." not in name or "blocks.0." in name:
+            assert torch.equal(value, theirs[name]), name
+    fc1, experts = dense.backbone.blocks[1].mlp.fc1, net.backbone.blocks[1].mlp.experts
+    assert torch.equal(experts.w1.flatten(0, 1), fc1.weight) and torch.equal(experts.b1.flatten(), fc1.bias)
+    assert torch.equal(net.backbone.blocks[1].mlp.router.weight, router)
+    assert torch.equal(teacher.backbone.blocks[1].mlp.experts.w1, experts.w1)
+    step(net, adamw)
+    saver.save(1, {"step": 1}, wait=True)
+    assert run(tmp_path / "sparse", ["view"], init=tmp_path / "dense")[3].load() == {"step": 1}
+
+
+# -- what others wrote -------------------------------------------------------------------------------------------------
+MODEL, FILE = "mp_rank_00_model_states.pt", "layer_0_expert_%d_mp_rank_00_model_states.pt"
+GATE, EXPERT = "m.deepspeed_moe.gate.wg.weight", "m.deepspeed_moe.experts.deepspeed_experts.%d.fc%d.weight"
+
+
+def expert(number, hidden=4):
+    return {EXPERT % (number, 1): torch.ones(hidden, 3), EXPERT % (number, 2): torch.ones(3, hidden)}
+
+
+FOREIGN = {
+    "a list": ([1, 2], None),
+    "int keys": ({0: torch.ones(1)}, None),
+    "a tensor": (torch.ones(2), {}),
+    "a module of numbers": ({"module": {GATE: 3}}, {}),
+    "a module of int names": ({"module": {1: torch.ones(1)}}, {}),
+    "a gate of one dimension": ({"module": {GATE: torch.ones(2)}}, {0: expert(0), 1: expert(1)}),
+    "an expert as a list": ({"module": {"a": torch.ones(1)}}, {0: [1]}),
+    "experts of unequal shapes": ({"module": {GATE: torch.ones(2, 3)}}, {0: expert(0), 1: expert(1, 5)}),
+    "half of an expert": ({"module": {GATE: torch.ones(2, 3)}}, {0: expert(0), 1: {EXPERT % (1, 1): torch.ones(4, 3)}}),
+    "no expert 0, no gate": ({"module": {"m.a": torch.ones(2)}}, {1: expert(1)}),
+    "more experts than the gate": ({"module": {GATE: torch.ones(1, 3)}}, {0: expert(0), 1: expert(1)}),
+    "no experts of a gate": ({"module": {GATE: torch.ones(2, 3)}}, {0: expert(0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_that_is_no_network_is_one_line(tmp_path, kind):
+    model, experts = FOREIGN[kind]
+    folder = tmp_path / "ds"
+    folder.mkdir()
+    torch.save(model, folder / MODEL if experts is not None else tmp_path / "file.pt")
+    for number, state in (experts or {}).items():
+        torch.save(state, folder / (FILE % number))
+    with pytest.raises(ConfigError) as error:
+        start.read_weights(folder if experts is not None else tmp_path / "file.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("latest", [b"\xff\xfe", b"a\0b", b"..", b"/etc", b""])
+def test_a_latest_that_names_no_folder_is_one_line(tmp_path, latest):
+    (tmp_path / "latest").write_bytes(latest)
+    with pytest.raises(ConfigError, match="no complete checkpoint there"):
+        start.read_weights(tmp_path)
 
 
 class Expert(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("dir", type=Path, help="checkpoint or run directory, or one that DeepSpeed wrote (weights only)")
     one.add_argument("to", type=Path, help="the .safetensors file to write")
     one.add_argument("--what", choices=("student", "teacher"), default="student")
-    one = verbs.add_parser("diff", help="which tensors of two checkpoints differ; exit code 1 if any does")
+    one = verbs.add_parser(
+        "diff", help="what differs in two checkpoints: tensors, step counts, cursor, loss scale; exit code 1"
+    )
     one.add_argument("dir", type=Path)
     one.add_argument("other", type=Path)
     one.add_argument(
@@ -39,7 +42,7 @@ def _ls(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from moe_cl.engine.checkpoint import store
-    from moe_cl.engine.checkpoint.format import Damaged, read_manifest
+    from moe_cl.engine.checkpoint.format import OtherVersion, read_manifest
 
     paths = store.complete(args.dir)
     if not paths:
@@ -48,7 +51,10 @@ def _ls(args: argparse.Namespace) -> int:
     for path in paths:
         try:
             manifest = read_manifest(path)
-        except Damaged as error:
+        except OtherVersion as error:
+            table.add_row(path.name, "", "", "", "", f"not read: {error}")
+            continue
+        except ConfigError as error:
             table.add_row(path.name, "", "", "", "", f"damaged: {error}")
             continue
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
@@ -61,7 +67,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from moe_cl.engine.checkpoint import store
-    from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, read_manifest, verify_file
+    from moe_cl.engine.checkpoint.format import MANIFEST, OtherVersion, Reader
 
     paths = [args.dir] if (args.dir / MANIFEST).is_file() else store.complete(args.dir)
     if not paths:
@@ -69,24 +75,27 @@ def _verify(args: argparse.Namespace) -> int:
     bad = 0
     for path in paths:
         try:
-            files = read_manifest(path).files
-            for name, entry in sorted(files.items()):
-                verify_file(path, name, entry)
+            reader = Reader(path)
+            reader.verify()
+            files = reader.manifest.files
             print(f"{path.name}: ok, {len(files)} files, {_size(sum(e.bytes for e in files.values()))}")
-        except Damaged as error:
+        except OtherVersion as error:
+            bad += 1
+            print(f"not read: {error}")
+        except ConfigError as error:
             bad += 1
             print(f"damaged: {error}")
     return 1 if bad else 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from safetensors.torch import save_file
-
     from moe_cl.engine.checkpoint import foreign, start
-    from moe_cl.engine.checkpoint.format import Damaged, Reader
+    from moe_cl.engine.checkpoint.format import Damaged, Reader, write_shard
 
     if args.to.suffix != ".safetensors":
         raise ConfigError(f"{args.to}: the file to write must end in .safetensors")
+    if args.to.is_dir():
+        raise ConfigError(f"{args.to} is a directory; name the file to write")
     found = start.checkpoint_at(args.dir)
     try:
         if found is not None:
@@ -96,42 +105,36 @@ def _convert(args: argparse.Namespace) -> int:
         else:
             raise ConfigError(f"{args.dir}: neither a checkpoint of moe_cl nor one of DeepSpeed")
     except Damaged as error:
-        raise ConfigError(f"checkpoint {error}") from None
+        raise ConfigError(f"checkpoint {error}; take another") from None
     if not state:
         raise ConfigError(f"{found.name} has no {args.what}; choose --what student or teacher")
-    save_file({name: value.contiguous() for name, value in state.items()}, args.to, {"from": str(args.dir.name)})
+    part = args.to.with_name(f".{args.to.name}.part")
+    try:
+        write_shard(part, state, {"from": args.dir.name})
+        part.replace(args.to)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise ConfigError(f"{args.to}: cannot be written ({error.strerror or error}); choose another place") from None
     print(f"{args.to}: {len(state)} tensors, {sum(v.numel() for v in state.values()):,} values")
     return 0
 
 
 def _diff(args: argparse.Namespace) -> int:
-    import torch
-
-    from moe_cl.engine.checkpoint import start
+    from moe_cl.engine.checkpoint import diff, start
     from moe_cl.engine.checkpoint.format import Damaged, Reader
 
     readers = []
-    for path in (args.dir, args.other):
-        found = start.checkpoint_at(path)
-        if found is None:
-            raise ConfigError(f"{path}: no complete checkpoint there")
-        readers.append(Reader(found))
-    one, other = readers
-    names = [{n for n in r.manifest.tensors if not n.startswith("rng/")} for r in readers]
-    differ = [f"{name}: only in {one.path}" for name in sorted(names[0] - names[1])]
-    differ += [f"{name}: only in {other.path}" for name in sorted(names[1] - names[0])]
     try:
-        for name in sorted(names[0] & names[1]):
-            a, b = one.tensor(name), other.tensor(name)
-            if a.shape != b.shape:
-                differ.append(f"{name}: {tuple(a.shape)} and {tuple(b.shape)}")
-            elif not torch.equal(a, b):
-                distance = (a.double() - b.double()).abs().max().item()
-                if not distance <= args.tolerance:
-                    differ.append(f"{name}: largest difference {distance:.3g}")
+        for path in (args.dir, args.other):
+            found = start.checkpoint_at(path)
+            if found is None:
+                raise ConfigError(f"{path}: no complete checkpoint there")
+            readers.append(Reader(found))
+        count, differ = diff.differences(*readers, args.tolerance)
     except Damaged as error:
-        raise ConfigError(f"checkpoint {error}") from None
-    print("\n".join(differ) if differ else f"{len(names[0])} tensors, all equal")
+        raise ConfigError(f"checkpoint {error}; take another") from None
+    print("\n".join(differ) if differ else f"{count} tensors and the run's state, all equal")
     return 1 if differ else 0
 
 

@@ -49,9 +49,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "module"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]
-    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) for v in tree.values()):
-        raise ConfigError(f"{path}: no state dict of tensors in it")
-    return {name.removeprefix("module."): value for name, value in tree.items()}
+    return {name.removeprefix("module."): value for name, value in _state_dict(tree, path).items()}
+
+
+def _state_dict(tree: Any, path: Path) -> dict[str, Tensor]:
+    """``tree`` if it is tensors by name. Raises ConfigError."""
+    if not isinstance(tree, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tree.items()):
+        raise ConfigError(f"{path}: no state dict in it (a mapping from names to tensors); give a file of weights")
+    return tree
 
 
 def is_deepspeed(path: Path) -> bool:
@@ -61,7 +66,14 @@ def is_deepspeed(path: Path) -> bool:
 
 def _tag(path: Path) -> Path:
     latest = path / "latest"
-    return path if (path / _MODEL).is_file() or not latest.is_file() else path / latest.read_text().strip()
+    if (path / _MODEL).is_file() or not latest.is_file():
+        return path
+    try:
+        name = latest.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return path
+    # One of the directory's own folders, whatever the file says.
+    return path / name if name != ".." and name.isprintable() and Path(name).name == name else path
 
 
 def read_deepspeed(path: Path) -> dict[str, Tensor]:
@@ -71,14 +83,15 @@ def read_deepspeed(path: Path) -> dict[str, Tensor]:
     each expert in its own file, become the stacks ``X.experts.{w1,b1,w2,b2}``. Raises ConfigError if one is missing.
     """
     folder = _tag(path)
-    state = read_torch(folder / _MODEL).get("module")
-    if not isinstance(state, dict):
-        raise ConfigError(f"{folder}: no module weights in {_MODEL}")
+    tree = read_torch(folder / _MODEL)
+    if not isinstance(tree, dict) or "module" not in tree:
+        raise ConfigError(f"{folder}: no module weights in {_MODEL}; give a directory of DeepSpeed's save_checkpoint")
+    state = _state_dict(tree["module"], folder / _MODEL)
     state = {name: value for name, value in state.items() if not _EXPERT_KEY.match(name)}
     experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     for file in sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
         if _EXPERT_FILE.fullmatch(file.name):
-            for name, value in read_torch(file).items():
+            for name, value in _state_dict(read_torch(file), file).items():
                 found = _EXPERT_KEY.fullmatch(name)
                 if found is None:
                     raise ConfigError(f"{file}: {name} is no expert's parameter")
@@ -87,6 +100,10 @@ def read_deepspeed(path: Path) -> dict[str, Tensor]:
     out = {}
     for name, value in state.items():
         if name.endswith(_GATE):
+            if value.dim() != 2:
+                raise ConfigError(
+                    f"{folder}: {name} has shape {tuple(value.shape)}, a gate's weight is (experts, width)"
+                )
             out[name.removesuffix(_GATE) + ".router.weight"] = value.t().contiguous()
         else:
             out[name] = value
@@ -95,6 +112,8 @@ def read_deepspeed(path: Path) -> dict[str, Tensor]:
         missing = sorted(set(range(count)) - set(by_id))
         if missing:
             raise ConfigError(f"{folder}: expert {missing[0]} of the {count} of {layer} is missing")
+        if len(by_id) != count:
+            raise ConfigError(f"{folder}: {layer} has files of {len(by_id)} experts, and a gate of {count}")
         out.update({f"{layer}.experts.{key}": value for key, value in _stack(folder, layer, by_id).items()})
     return out
 
@@ -111,7 +130,17 @@ def _stack(folder: Path, layer: str, by_id: dict[int, dict[str, Tensor]]) -> dic
         bias = key.removesuffix("weight") + "bias"
         if bias in first:
             names[f"b{number}"] = bias
-    out = {name: torch.stack([by_id[e][key] for e in sorted(by_id)]) for name, key in names.items()}
+    out = {}
+    for name, key in names.items():
+        held = [by_id[e].get(key) for e in sorted(by_id)]
+        shapes = [None if value is None else tuple(value.shape) for value in held]
+        for expert, shape in zip(sorted(by_id), shapes, strict=True):
+            if shape != shapes[0] or len(by_id[expert]) != len(first):
+                raise ConfigError(
+                    f"{folder}: {key} of {layer} is {shapes[0]} in expert 0 and {shape} in expert {expert}; "
+                    "experts of one shape can be read"
+                )
+        out[name] = torch.stack(held)
     for number in (1, 2):
         out.setdefault(f"b{number}", torch.zeros(out[f"w{number}"].shape[:2]))
     return out

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: safetensors shards written and hashed in one pass, and the manifest over them.
+"""The files of a checkpoint: safetensors shards written and hashed in one pass, and read only after their hash.
 
 The shards are plain safetensors that any reader opens. The writer is our own because safetensors' copies every tensor
 into Python bytes under the interpreter lock: here the running step loop keeps the lock while a thread writes host
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +20,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_cl.config import ConfigError
+from moe_cl.engine.checkpoint.manifest import (
+    DTYPES,
+    MANIFEST,
+    NAMED,
+    Damaged,
+    FileEntry,
+    Manifest,
+    OtherVersion,
+    TensorEntry,
+    read_manifest,
+)
 
-MANIFEST = "manifest.json"
-FORMAT, VERSION = "moe_cl checkpoint", 1
+__all__ = [
+    "MANIFEST", "Damaged", "FileEntry", "Manifest", "OtherVersion", "Reader", "TensorEntry", "read_manifest",
+    "sync_directory", "verify_file", "write_bytes", "write_shard",
+]  # fmt: skip
+
 _CHUNK = 1 << 22
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
+def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> FileEntry:
+    """Write contiguous host ``tensors`` as one safetensors file, flushed to the disk; raises OSError.
 
-@dataclass
-class FileEntry:
-    """Size and hash of a file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass
-class TensorEntry:
-    """A tensor of the model under its full shape; pieces = [file, key, start, stop] in flat elements."""
-
-    shape: list[int]
-    dtype: str
-    pieces: list[list[Any]] = field(default_factory=list)
-
-
-@dataclass
-class Manifest:
-    """What a checkpoint holds. ``tensors`` is keyed ``student/NAME``, ``teacher/NAME``, ``optimizer/KEY/NAME`` ..."""
-
-    step: int
-    world: int
-    files: dict[str, FileEntry] = field(default_factory=dict)
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-    layout: dict[str, Any] = field(default_factory=dict)  # zero_stage, ep_size: for people, loading does not need them
-    metrics: dict[str, float] = field(default_factory=dict)
-    created: float = 0.0
-
-    def dump(self) -> str:
-        """JSON text."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True)
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what its manifest says; the text names the file."""
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write contiguous host ``tensors`` as one safetensors file, flushed to the disk; raises OSError."""
-    header, at = {}, 0
+    about: the file's metadata.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    at = 0
     for key in sorted(tensors):
         x = tensors[key]
         size = x.numel() * x.element_size()
-        header[key] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + size]}
+        header[key] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -112,30 +86,6 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint directory. Raises Damaged, or ConfigError for another format version."""
-    try:
-        tree = json.loads((path / MANIFEST).read_text())
-        form, version = tree.pop("format"), tree.pop("version")
-    except OSError as error:
-        raise Damaged(f"{path.name}: no readable {MANIFEST} ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise Damaged(f"{path.name}: {MANIFEST} is not a checkpoint's") from None
-    if form != FORMAT or version != VERSION:
-        raise ConfigError(
-            f"{path}: {form} version {version!r} cannot be read here, which reads version {VERSION}; "
-            "load it with the version of moe_cl that wrote it and save it again"
-        )
-    try:
-        files = {name: FileEntry(**entry) for name, entry in tree.pop("files").items()}
-        tensors = {name: TensorEntry(**entry) for name, entry in tree.pop("tensors").items()}
-        if any("/" in name or name.startswith(".") for name in files):
-            raise Damaged(f"{path.name}: {MANIFEST} names a file outside the directory")
-        return Manifest(files=files, tensors=tensors, **tree)
-    except (TypeError, KeyError, AttributeError):
-        raise Damaged(f"{path.name}: {MANIFEST} is not a checkpoint's") from None
-
-
 def verify_file(path: Path, name: str, entry: FileEntry) -> None:
     """Raises Damaged unless the file has the size and hash of its entry."""
     digest, file = hashlib.sha256(), path / name
@@ -152,32 +102,60 @@ def verify_file(path: Path, name: str, entry: FileEntry) -> None:
 
 
 class Reader:
-    """Tensors of one checkpoint by name, put together from their pieces, whatever ranks wrote them."""
+    """Tensors of one checkpoint by name, put together from their pieces, whatever ranks wrote them.
+
+    No file is used before its size and sha256 are those of the manifest, and no piece unless it has the manifest's type
+    and length: every method raises Damaged otherwise.
+    """
 
     def __init__(self, path: Path, manifest: Manifest | None = None):
         self.path, self.manifest = path, manifest or read_manifest(path)
         self._open: dict[str, Any] = {}
+        self._good: set[str] = set()
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Check these files (default: all) and every piece in them now."""
+        chosen = set(self.manifest.files if names is None else names)
+        for name in sorted(chosen):
+            self.check(name)
+        for entry in self.manifest.tensors.values():
+            for piece in entry.pieces:
+                if piece[0] in chosen:
+                    self._piece(entry, piece)
+
+    def check(self, name: str) -> Path:
+        """The path of a file whose size and hash are the manifest's; hashed at its first use."""
+        if name not in self._good:
+            if name not in self.manifest.files:
+                raise Damaged(f"{self.path.name}: {MANIFEST} does not have {name}")
+            verify_file(self.path, name, self.manifest.files[name])
+            self._good.add(name)
+        return self.path / name
+
+    def trust(self) -> None:
+        """Another rank checked the rest."""
+        self._good.update(self.manifest.files)
 
     def names(self, kind: str) -> list[str]:
         """Names under ``kind/``."""
         return [name[len(kind) + 1 :] for name in self.manifest.tensors if name.startswith(kind + "/")]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return tuple(self.manifest.tensors[name].shape)
+
     def flat(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of the flattened full tensor. Raises Damaged if a piece is missing."""
+        """Elements [start, stop) of the flattened full tensor."""
         entry = self.manifest.tensors[name]
-        total = 1
-        for size in entry.shape:
-            total *= size
-        stop = total if stop is None else stop
-        out = torch.empty(stop - start, dtype=getattr(torch, entry.dtype))
-        filled = 0
-        for file, key, low, high in entry.pieces:
-            a, b = max(start, low), min(stop, high)
+        stop = entry.size if stop is None else stop
+        wanted = []
+        for piece in entry.pieces:
+            a, b = max(start, piece[2]), min(stop, piece[3])
             if a < b:
-                out[a - start : b - start] = self._tensor(file, key).reshape(-1)[a - low : b - low]
-                filled += b - a
-        if filled != stop - start:
-            raise Damaged(f"{self.path.name}: {name} has {filled} of {stop - start} elements")
+                wanted.append((a, b, piece, self._piece(entry, piece)))
+        out = torch.empty(stop - start, dtype=NAMED[entry.dtype])
+        for a, b, (_, key, low, _), file in wanted:
+            out[a - start : b - start] = file.get_tensor(key).reshape(-1)[a - low : b - low]
         return out
 
     def tensor(self, name: str) -> Tensor:
@@ -191,14 +169,37 @@ class Reader:
     def json(self, name: str) -> Any:
         """A JSON file of the checkpoint."""
         try:
-            return json.loads((self.path / name).read_text())
-        except (OSError, ValueError) as error:
+            return json.loads(self.check(name).read_text())
+        except (OSError, ValueError, RecursionError) as error:
             raise Damaged(f"{self.path.name}: {name}: {error}") from None
 
-    def _tensor(self, file: str, key: str) -> Tensor:
+    def state(self) -> dict[str, Any]:
+        """``extra.json``: the loop's ``extra`` (cursor, metrics) and the ``engine``'s counters and loss scale."""
+        tree = self.json("extra.json")
+        if not isinstance(tree, dict) or not all(isinstance(tree.get(key), dict) for key in ("extra", "engine")):
+            raise Damaged(f"{self.path.name}: extra.json is not a checkpoint's")
+        counters = tree["engine"].get("counters")
+        if not isinstance(counters, dict) or not all(type(count) is int for count in counters.values()):
+            raise Damaged(f"{self.path.name}: extra.json has no counters of the engine")
+        return tree
+
+    def steps(self) -> dict[str, float | None]:
+        """``optimizer.json``: the step count of each trained parameter, None without any state so far."""
+        tree = self.json("optimizer.json")
+        if not isinstance(tree, dict) or not all(c is None or isinstance(c, (int, float)) for c in tree.values()):
+            raise Damaged(f"{self.path.name}: optimizer.json is not a checkpoint's")
+        return tree
+
+    def _piece(self, entry: TensorEntry, piece: list[Any]) -> Any:
+        """The open file of a piece, which has the manifest's type and length there."""
+        file, key, low, high = piece
         try:
             if file not in self._open:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            return self._open[file].get_tensor(key)
+                self._open[file] = safe_open(self.check(file), framework="pt")
+            part = self._open[file].get_slice(key)
+            size, dtype = math.prod(part.get_shape()), part.get_dtype()
         except (OSError, SafetensorError) as error:
             raise Damaged(f"{self.path.name}: {file}: {error}") from None
+        if size != high - low or dtype != DTYPES[NAMED[entry.dtype]]:
+            raise Damaged(f"{self.path.name}: {file}: {key} has {size} {dtype}, not what {MANIFEST} says")
+        return self._open[file]

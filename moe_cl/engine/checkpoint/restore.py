@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moe_cl.comm import Comm
 from moe_cl.config import ConfigError
-from moe_cl.engine.checkpoint.format import Reader
+from moe_cl.engine.checkpoint.format import Damaged, Reader
 from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 from moe_cl.engine.scaler import scaler_of
+
+T = TypeVar("T")
+MOMENTS = {"AdamW": {"exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"mu"}}
+
+
+def agreed(action: Callable[[], T], comm: Comm) -> T:
+    """What ``action`` (which meets no other rank) gives; Damaged on all ranks if it is on one."""
+    out, complaint = None, None
+    try:
+        out = action()
+    except Damaged as error:
+        complaint = str(error)
+    if first := next((c for c in comm.gather_objects(complaint) if c), None):
+        raise Damaged(first)
+    return out
+
+
+def open_verified(path: Path, comm: Comm) -> Reader:
+    """A reader of a checkpoint all of whose files are as the manifest says; hashing is dealt out over the ranks.
+
+    Raises Damaged, on every rank the same, or OtherVersion.
+    """
+
+    def open_mine() -> Reader:
+        reader = Reader(path)
+        reader.verify(sorted(reader.manifest.files)[comm.rank :: comm.world])
+        reader.state(), reader.steps()
+        return reader
+
+    reader = agreed(open_mine, comm)
+    reader.trust()
+    return reader
 
 
 def check_names(reader: Reader, kind: str, places: dict[str, tuple[int, ...]], allow: Iterable[str] = ()) -> None:
@@ -26,7 +60,7 @@ def check_names(reader: Reader, kind: str, places: dict[str, tuple[int, ...]], a
                 f"{reader.path.name} {what} {kind} {', '.join(names[:3])}{more}: resume with the recipe that wrote it, "
                 "or start anew from its weights with model.init_from"
             )
-    for name in there & set(places):
+    for name in sorted(there & set(places)):
         shape = tuple(reader.manifest.tensors[f"{kind}/{name}"].shape)
         if shape != tuple(places[name]):
             raise ConfigError(
@@ -81,19 +115,49 @@ def refresh_masters(view: FlatView) -> None:
             view.master(fragment).copy_(held.reshape(-1)[fragment.start - start : fragment.stop - start])
 
 
+def check_optimizer(reader: Reader, view: FlatView, strict: bool = True) -> None:
+    """The checkpoint's optimizer state is of this optimizer and whole: every moment of a parameter, or none of them.
+
+    strict: it also is of the parameters trained here, all of them. One without state (frozen so far) is written down as
+    such since format version 2, so that no other can be missing.
+
+    Raises:
+        ConfigError: another optimizer, or another choice of what is trained.
+        Damaged: state that no run has.
+    """
+    at = reader.path.name
+    kinds = {name.split("/")[1] for name in reader.manifest.tensors if name.startswith("optimizer/")}
+    mine = MOMENTS.get(type(view.inner).__name__, kinds)
+    if not kinds <= mine:
+        raise ConfigError(f"{at} has {', '.join(sorted(kinds))} of another optimizer: keep optim.name, or start anew")
+    steps, weights, trained = reader.steps(), set(reader.names("student")), view.trained()
+    have = {kind: set(reader.names(f"optimizer/{kind}")) for kind in mine}
+    saved = set().union(*have.values())
+    for name in sorted(saved | set(steps)):
+        lacks = [kind for kind in sorted(mine) if name in saved and name not in have[kind]]
+        shapes = {reader.shape(f"optimizer/{kind}/{name}") for kind in mine if name in have[kind]}
+        if name not in weights:
+            raise Damaged(f"{at}: optimizer state of {name}, which is no parameter in it")
+        if lacks or (name in saved and shapes != {reader.shape(f"student/{name}")}):
+            raise Damaged(f"{at}: {f'no {lacks[0]}' if lacks else 'optimizer state of another shape'} of {name}")
+    counted = {name for name, count in steps.items() if count is not None}
+    if not counted <= saved or (counted and counted != saved):
+        raise Damaged(f"{at}: optimizer state and step counts differ in {min(counted ^ saved)}")
+    if strict and (other := sorted(saved - trained)):
+        raise ConfigError(f"{at} trained {other[0]}, which is frozen here: resume with the recipe that wrote it")
+    if strict and reader.manifest.version > 1 and (other := sorted(trained - saved - set(steps))):
+        raise ConfigError(f"{at} did not train {other[0]}: resume with the recipe that wrote it")
+
+
 @torch.no_grad()
-def load_optimizer(reader: Reader, view: FlatView, steps: dict[str, float], skip: Iterable[str] = ()) -> None:
+def load_optimizer(reader: Reader, view: FlatView, skip: Iterable[str] = (), strict: bool = True) -> None:
     """Moments of every fragment; a name without state in the checkpoint (frozen so far) starts without.
 
-    Raises ConfigError when the checkpoint's optimizer is another one, or a flat partition would mix step counts.
+    Raises as ``check_optimizer``, and ConfigError when a flat partition would mix step counts.
     """
+    check_optimizer(reader, view, strict)
     kinds = sorted({name.split("/")[1] for name in reader.manifest.tensors if name.startswith("optimizer/")})
-    known = {"AdamW": {"exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS": {"mu"}}
-    mine = known.get(type(view.inner).__name__)
-    if mine is not None and not set(kinds) <= mine:
-        raise ConfigError(
-            f"{reader.path.name} has {', '.join(kinds)} of another optimizer: keep optim.name, or start anew"
-        )
+    steps = {name: count for name, count in reader.steps().items() if count is not None}
     left, have = set(skip), {kind: set(reader.names(f"optimizer/{kind}")) for kind in kinds}
     counts: dict[Tensor, float] = {}
     view.inner.state.clear()

@@ -35,8 +35,6 @@ from moe_cl.engine.checkpoint.format import (
     Manifest,
     Reader,
     TensorEntry,
-    read_manifest,
-    verify_file,
     write_bytes,
     write_shard,
 )
@@ -136,6 +134,7 @@ class Checkpointer:
 
     def _texts(self, step: int, extra: dict[str, Any]) -> dict[str, str]:
         state = {"step": step, "extra": extra, "engine": snapshot.engine_state(self.engine)}
+        state["fresh"] = sorted(self.view.trained("fresh"))  # their groups must be the same when the run goes on
         texts = {"extra.json": json.dumps(state, indent=1)}
         if self.config is not None:
             texts["config.yaml"] = yaml.safe_dump(self.config, sort_keys=False)
@@ -178,10 +177,10 @@ class Checkpointer:
         reports = _collect(job.stage, self.comm.world, self.patience, self._abandoned)
         manifest = Manifest(job.step, self.comm.world, metrics=job.metrics, created=time.time())
         manifest.layout = {"zero": self.view.zero, "ranks": self.comm.world}
-        steps: dict[str, float] = {}
+        steps: dict[str, float | None] = {}
         for report in reports:
             manifest.files.update({name: FileEntry(**entry) for name, entry in report["files"].items()})
-            steps.update(report["steps"])
+            steps.update({name: count for name, count in report["steps"].items() if steps.get(name) is None})
             for name, shape, dtype, piece in report["pieces"]:
                 manifest.tensors.setdefault(name, TensorEntry(shape, dtype)).pieces.append(piece)
         for name, text in {**job.texts, "optimizer.json": json.dumps(steps, indent=1, sort_keys=True)}.items():
@@ -204,12 +203,15 @@ class Checkpointer:
         candidates = [Path(p) for p in self.comm.gather_objects([str(c) for c in candidates])[0]]
         reasons: dict[Path, str] = {}
         for candidate in candidates:
-            reason = self._verify(candidate)
-            if reason is None:
-                if self.comm.rank == 0:
-                    self._set_aside(reasons, candidate)
-                return self._restore(Reader(candidate))
-            reasons[candidate] = reason
+            try:
+                reader = restore.open_verified(candidate, self.comm)
+                extra = restore.agreed(lambda reader=reader: self._restore(reader), self.comm)
+            except Damaged as error:
+                reasons[candidate] = str(error)
+                continue
+            if self.comm.rank == 0:
+                self._set_aside(reasons, candidate)
+            return extra
         if reasons:
             first = next(iter(reasons.values()))
             raise ConfigError(f"no checkpoint can be read: {first}; start in another out dir or repair the file")
@@ -232,20 +234,9 @@ class Checkpointer:
         """Start from another run's checkpoint or a file of weights (``moe_cl.engine.checkpoint.start``)."""
         return start.init_from(path, self.view, self.teacher, self.method)
 
-    def _verify(self, path: Path) -> str | None:
-        """Hash every file, dealt out over ranks; the first complaint of any rank, or None."""
-        complaint = None
-        try:
-            entries = sorted(read_manifest(path).files.items())
-            for name, entry in entries[self.comm.rank :: self.comm.world]:
-                verify_file(path, name, entry)
-        except Damaged as error:
-            complaint = str(error)
-        return next((c for c in self.comm.gather_objects(complaint) if c), None)
-
     def _restore(self, reader: Reader) -> dict[str, Any]:
         restore.load_student(reader, self.view)
-        restore.load_optimizer(reader, self.view, reader.json("optimizer.json"))
+        restore.load_optimizer(reader, self.view)
         if self.teacher is not None:
             restore.load_teacher(reader, self.teacher, self.view)
         if self.method is not None:
@@ -253,8 +244,11 @@ class Checkpointer:
         prefix = f"{self.comm.rank:05d}/"
         state = {n.removeprefix(prefix): reader.tensor(f"rng/{n}") for n in reader.names("rng") if n.startswith(prefix)}
         if state:  # a rank the checkpoint did not have keeps its own start
-            snapshot.set_rng_state(state)
-        tree = reader.json("extra.json")
+            try:
+                snapshot.set_rng_state(state)
+            except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise Damaged(f"{reader.path.name}: generators of rank {self.comm.rank}: {error}") from None
+        tree = reader.state()
         restore.load_engine(self.engine, tree["engine"])
         return tree["extra"]
 

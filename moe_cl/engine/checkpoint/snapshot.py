@@ -60,7 +60,7 @@ def _trained(view: FlatView) -> Iterator[Piece]:
         start = place.start + fragment.start
         yield Piece("student", fragment.name, place.shape, start, view.master(fragment))
         for key, value in view.state(fragment).items():
-            if value.dim():
+            if key != "step":  # that is in optimizer.json
                 yield Piece(f"optimizer/{key}", fragment.name, place.shape, start, value)
 
 
@@ -83,13 +83,16 @@ def _module(
                 yield Piece(kind, name, tuple(b.shape), 0, b.detach())
 
 
-def optimizer_steps(view: FlatView) -> dict[str, float]:
-    """The step count of each parameter this rank holds a part of (frozen ones count fewer)."""
-    out = {}
+def optimizer_steps(view: FlatView) -> dict[str, float | None]:
+    """The step count of each trained parameter this rank holds a part of (frozen ones count fewer); None: it has no
+    optimizer state yet. SGD and LARS count no steps: theirs with state are left out."""
+    out: dict[str, float | None] = {}
     for fragment in view.fragments:
-        step = view.state(fragment).get("step")
-        if step is not None:
-            out[fragment.name] = float(step)
+        state = view.state(fragment)
+        if "step" in state:
+            out[fragment.name] = float(state["step"])
+        elif not state:
+            out[fragment.name] = None
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import foreign, restore, store
-from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest, verify_file
+from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
 from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 
 
@@ -100,12 +100,10 @@ def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, metho
 
 def _from_checkpoint(path: Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
     try:
-        for name, entry in read_manifest(path).files.items():
-            verify_file(path, name, entry)
-        reader = Reader(path)
+        reader = restore.open_verified(path, view.comm)
         report = _load(reader.tree("student"), "student", view.module, view.places, path)
         restore.refresh_masters(view)
-        restore.load_optimizer(reader, view, reader.json("optimizer.json"), report.fresh)
+        restore.load_optimizer(reader, view, report.fresh, strict=False)
         if teacher is not None:
             theirs = reader.tree("teacher") or reader.tree("student")
             names = {name for name, _ in teacher.named_parameters()} | set(restore.saved_buffers(teacher))
@@ -117,7 +115,7 @@ def _from_checkpoint(path: Path, view: FlatView, teacher: nn.Module | None, meth
             for name, buffer in method.named_buffers():
                 if name in own and own[name].shape == buffer.shape:
                     buffer.copy_(own[name])
-        report.extra = reader.json("extra.json")["extra"]
+        report.extra = reader.state()["extra"]
     except Damaged as error:
         raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
     return report

@@ -16,8 +16,8 @@ import os
 import shutil
 from pathlib import Path
 
-from moe_cl.config import CheckpointConfig
-from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, read_manifest, sync_directory
+from moe_cl.config import CheckpointConfig, ConfigError
+from moe_cl.engine.checkpoint.format import MANIFEST, read_manifest, sync_directory
 
 POINTER = "latest"
 
@@ -121,7 +121,7 @@ def best_of(paths: list[Path], metric: str) -> Path | None:
     for path in paths:
         try:
             value = read_manifest(path).metrics.get(name)
-        except Damaged:
+        except ConfigError:  # damaged, or of another format version: no metric of it is known
             continue
         if value is not None:
             scored.append((sign * value, step_of(path), path))

@@ -84,7 +84,8 @@ def objective(parts: Parts, student: Encoded, teacher: Encoded | None, batch: Ba
 
 @until_finite
 def step(parts: Parts, batches: list[Batch], number: int, momentum: float) -> Agreed:
-    """One optimizer step over this rank's micro-batches; returns metrics averaged over ranks and micro-batches.
+    """One optimizer step over this rank's micro-batches; returns metrics of the whole step: means over ranks and
+    micro-batches, but for what ``moe_cl.moe.telemetry`` counts.
 
     Raises NonFiniteLoss on every rank together.
     """
@@ -128,9 +129,11 @@ def finish(parts: Parts, outputs: list[StepOutput], momentum: float, agreed: Agr
 
 def _agree(parts: Parts, outputs: list[StepOutput], batches: list[Batch], number: int) -> Agreed:
     names = outputs[0].metrics
-    metrics = {n: torch.stack([o.metrics[n].detach().float() for o in outputs]).mean(0) for n in names}
+    metrics = {n: telemetry.joined(n, torch.stack([o.metrics[n].detach().float() for o in outputs])) for n in names}
     loss = torch.stack([o.loss.detach().float() for o in outputs]).mean()
     metrics["loss"] = loss
     digest = digest_parts(torch.cat([b.sample_ids for b in batches]))
     with span("agree"):
-        return agree(parts.comm, loss, metrics, digest, number, parts.stop())
+        agreed = agree(parts.comm, loss, metrics, digest, number, parts.stop())
+    agreed.metrics.update(telemetry.whole_step(agreed.metrics, parts.comm.world))
+    return agreed

@@ -5,6 +5,7 @@ Legend: N = V*B rows (view-major), T tokens a row (class token first), k choices
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +21,13 @@ Match = tuple[Tensor, ...]  # idx1 (B, P), valid1 (B, P), ... of moe_cl.views.cr
 
 @torch.no_grad()
 def summarize(encoded: Encoded, views: int, batch: int, match: Match | None = None) -> dict[str, Tensor]:
-    """Figures of every MoE layer l under ``moe/L{l}/``, this rank's tokens (average over ranks like any metric).
+    """Figures of every MoE layer l under ``moe/L{l}/``, this rank's tokens of one loss (``joined`` and ``whole_step``
+    make a step's of them).
 
-    load, importance: (E,) each expert's share of the assignments and of the summed weights. dead: experts without a
-    token. entropy: mean entropy of the router's softmax in nats, in [0, log E]. margin: mean p_1st - p_2nd.
-    agreement_cls: mean share of the k experts that the class tokens of views 0 and 1 have in common, in [0, 1];
-    agreement_patch: the same for matched patches. sent: rows this rank sent to other ranks in the forward.
+    load, importance: (E,) each expert's share of the assignments and of the summed weights. entropy: mean entropy of
+    the router's softmax in nats, in [0, log E]. margin: mean p_1st - p_2nd. agreement_cls: mean share of the k experts
+    that the class tokens of views 0 and 1 have in common, in [0, 1]; agreement_patch: the same for matched patches.
+    sent: rows that the forward sent to other ranks.
 
     Args:
         encoded: the student's, of one forward or joined from several.
@@ -39,6 +41,33 @@ def summarize(encoded: Encoded, views: int, batch: int, match: Match | None = No
     return out
 
 
+def joined(name: str, values: Tensor) -> Tensor:
+    """A rank's figure of a step from those of its micro-batches (M, ...): their sum for rows sent, else their mean."""
+    return values.double().sum(0) if _is(name, "sent") else values.mean(0)
+
+
+def whole_step(metrics: Mapping[str, Tensor], world: int) -> dict[str, Tensor]:
+    """What a mean over ranks cannot say, from such means: nothing is sent for it, nothing waits for a device.
+
+    dead: experts without a token in the whole step. Shares of the load are not negative, so their mean over ranks and
+    micro-batches is 0 only where every one of them is. sent: rows that all ranks sent to others in the forwards.
+
+    Args:
+        metrics: means over ``world`` ranks, on the CPU (``moe_cl.engine.health.agree``).
+    """
+    out = {}
+    for name, value in metrics.items():
+        if _is(name, "load"):
+            out[f"{name.removesuffix('load')}dead"] = (value == 0).sum().to(value.dtype)
+        elif _is(name, "sent"):
+            out[name] = (value * world).round()
+    return out
+
+
+def _is(name: str, figure: str) -> bool:
+    return name.startswith("moe/") and name.endswith(f"/{figure}")
+
+
 def _layer(parts: list[Routing], views: int, batch: int, match: Match | None) -> dict[str, Tensor]:
     first = parts[0]
     ids = torch.cat([p.indices.flatten() for p in parts])
@@ -49,7 +78,6 @@ def _layer(parts: list[Routing], views: int, batch: int, match: Match | None) ->
     out = {
         "load": count / count.sum().clamp(min=1),
         "importance": importance / importance.sum().clamp(min=torch.finfo(weights.dtype).tiny),
-        "dead": (count == 0).sum().to(weights.dtype),
         "sent": torch.full((), float(sum(p.sent for p in parts)), device=ids.device),
     }
     if all(p.probabilities is not None for p in parts):

@@ -7,10 +7,11 @@ import torch
 
 from moe_cl.comm import SimComm
 from moe_cl.config import MoEConfig
+from moe_cl.engine.health import agree
 from moe_cl.models.build import Encoded
 from moe_cl.moe.experts import SparseMLP
 from moe_cl.moe.router import Routing
-from moe_cl.moe.telemetry import summarize
+from moe_cl.moe.telemetry import joined, summarize, whole_step
 
 
 def routing(indices, probabilities):
@@ -26,13 +27,12 @@ def test_by_hand():
     match = (torch.tensor([[1, 0]]), torch.tensor([[True, False]]))
     out = summarize(Encoded(torch.zeros(2, 8), [], [[layer]]), 2, 1, match)
     assert set(out) == {
-        f"moe/L0/{n}"
-        for n in ("load", "importance", "dead", "sent", "entropy", "margin", "agreement_cls", "agreement_patch")
+        f"moe/L0/{n}" for n in ("load", "importance", "sent", "entropy", "margin", "agreement_cls", "agreement_patch")
     }
     torch.testing.assert_close(out["moe/L0/load"], torch.tensor([5, 4, 3, 0]) / 12)
     total = 5 * 0.5 + 4 * 0.3 + 3 * 0.2
     torch.testing.assert_close(out["moe/L0/importance"], torch.tensor([2.5, 1.2, 0.6, 0.0]) / total)
-    assert out["moe/L0/dead"] == 1 and out["moe/L0/sent"] == 5
+    assert out["moe/L0/sent"] == 5 and whole_step(out, 3) == {"moe/L0/dead": 1, "moe/L0/sent": 15}
     assert float(out["moe/L0/entropy"]) == pytest.approx(-sum(v * math.log(v) for v in (0.5, 0.3, 0.2)))
     assert float(out["moe/L0/margin"]) == pytest.approx(0.2)
     assert out["moe/L0/agreement_cls"] == 1.0  # {0, 1} and {1, 0}
@@ -70,3 +70,26 @@ def test_sent_rows_of_several_ranks():
         return summarize(Encoded(torch.zeros(2, 8), [], [[route]]), 2, 1)["moe/L0/sent"] == away
 
     assert all(SimComm.run(2, one))
+
+
+def step_of(comm, experts_of_batch):
+    """The figures of a step of one micro-batch for each list of experts, as the drivers make them."""
+    found = []
+    for experts in experts_of_batch:
+        ids = torch.tensor(experts).expand(2, 3, 2)
+        layer = routing(ids.tolist(), torch.full((2, 3, 6), 1 / 6))
+        layer.sent = len(experts) + comm.rank
+        found.append(summarize(Encoded(torch.zeros(2, 8), [], [[layer]]), 2, 1))
+    mine = {n: joined(n, torch.stack([f[n].float() for f in found])) for n in found[0]}
+    agreed = agree(comm, torch.zeros(()), mine, torch.zeros(1), 0).metrics
+    return {**agreed, **whole_step(agreed, comm.world)}
+
+
+def test_dead_experts_and_rows_sent_are_those_of_the_whole_step():
+    """Two ranks and two micro-batches, each of them with two experts of its own: 5 is the only idle one."""
+    parts = [[[0, 1], [2, 0]], [[3, 1], [4, 3]]]
+    for out in SimComm.run(2, lambda comm: step_of(comm, parts[comm.rank])):
+        assert out["moe/L0/dead"] == 1 and out["moe/L0/load"][5] == 0
+        assert out["moe/L0/sent"] == 2 * 2 + 2 * 3
+    (out,) = SimComm.run(1, lambda comm: step_of(comm, parts[0] + parts[1]))
+    assert out["moe/L0/dead"] == 1 and out["moe/L0/sent"] == 4 * 2

@@ -46,7 +46,16 @@ def balance(sums: Tensor, comm: Comm, statistics: str = "global") -> tuple[Tenso
         sums: (L, V, B, 2, E) from ``expert_sums``. statistics: see ``groups``; ``global`` takes one packed all-reduce.
     Returns: sum over layers and views, mean over groups (this rank's share: ranks are averaged).
     """
+    return balance_and_counts(sums, None, comm, statistics)[:2]
+
+
+@full_precision
+def balance_and_counts(
+    sums: Tensor, counts: Tensor | None, comm: Comm, statistics: str = "global"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``balance``, and the sums over each group of ``counts`` (B, ...), which travel in the same message."""
     group = groups.make(statistics, sums.shape[2], comm, sums.device)
-    per_group = group.sum(sums.movedim(2, 0), comm)  # (G, L, V, 2, E)
+    beside = () if counts is None else (counts,)
+    per_group, *counted = group.sum(sums.movedim(2, 0), *beside, comm=comm)  # (G, L, V, 2, E)
     parts = cv2(per_group).mean(0)
-    return parts.sum(), parts.detach()
+    return parts.sum(), parts.detach(), counted[0] if counted else None

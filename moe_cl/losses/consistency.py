@@ -29,6 +29,14 @@ class Match:
     idx2: Tensor
     valid2: Tensor
 
+    def valid(self) -> Tensor:
+        """(B, 2, P) bool."""
+        return torch.stack([self.valid1, self.valid2], 1)
+
+    def counts(self) -> Tensor:
+        """(B, 2): each image's patches that have one, in both directions."""
+        return self.valid().sum(2, dtype=torch.float32)
+
 
 class _SlotLogSumExp(torch.autograd.Function):
     """log sum_m exp(q[s, n] . k[s, m] * scale) for every slot and row, in chunks of slots, logits never kept."""
@@ -104,6 +112,7 @@ def consistency(
     alpha: float = 0.3,
     statistics: str = "global",
     mode: str = "overlap",
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss summed over layers, and its value per layer (L,), this rank's share (ranks are averaged).
 
@@ -117,6 +126,8 @@ def consistency(
         k_idx, k_w: the same of the teacher; no gradient goes there.
         match: overlapping patches, for ``overlap`` and ``similarity``; without, they are ``cls``.
         statistics: over which samples valid patches are averaged.
+        counts: ``match.counts()`` summed over each group (``balance_and_counts``); None = here, by one all-reduce for
+            both directions where groups span ranks.
     """
     k_w = k_w.detach()
     if mode == "pool":
@@ -126,14 +137,17 @@ def consistency(
         match = None
     options = (experts, comm, temperature, statistics)
     if mode == "nearest":
+        group = groups.make(statistics, q_w.shape[2], comm, q_w.device)
+        patches = (q_w.shape[3] - 1) * q_w.shape[2] * comm.world / group.count  # all of them are valid
+        counts = torch.full((group.slots, 2), patches, device=q_w.device)
         layers = [
-            _aligned(*one, nearest(*one, experts), (1.0, 1.0), *options)
+            _aligned(*one, nearest(*one, experts), counts, (1.0, 1.0), *options)
             for one in zip(*(t.split(1) for t in (q_idx, q_w, k_idx, k_w)), strict=True)
         ]
         per_layer = torch.cat(layers)
     else:
         shares = (1 - alpha, alpha) if match else (1.0, 0.0)
-        per_layer = _aligned(q_idx, q_w, k_idx, k_w, match, shares, *options, negatives=mode != "similarity")
+        per_layer = _aligned(q_idx, q_w, k_idx, k_w, match, counts, shares, *options, negatives=mode != "similarity")
     return per_layer.sum(), per_layer.detach()
 
 
@@ -143,6 +157,7 @@ def _aligned(
     k_idx: Tensor,
     k_w: Tensor,
     match: Match | None,
+    counts: Tensor | None,
     shares: tuple[float, float],
     experts: int,
     comm: Comm,
@@ -171,7 +186,9 @@ def _aligned(
     weight = terms.new_full((2, 1, batch), shares[0] / batch)
     if match:
         group = groups.make(statistics, batch, comm, q_w.device)
-        patches = torch.stack([group.weights(v, comm).t() for v in (match.valid1, match.valid2)]).to(terms.dtype)
+        if counts is None:
+            (counts,) = group.sum(match.counts(), comm=comm)
+        patches = group.weights(match.valid(), counts, comm).permute(1, 2, 0).to(terms.dtype)
         weight = torch.cat([weight, shares[1] * patches], 1)
     return (terms.view(layers, 2, tokens, batch) * weight).sum((1, 2, 3))
 

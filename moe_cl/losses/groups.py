@@ -48,28 +48,32 @@ class Groups:
     slots: int
     shared: bool
 
-    def sum(self, x: Tensor, comm: Comm) -> Tensor:
-        """Per-sample values (B, ...) -> sums over each group (slots, ...), over ranks where groups span them.
+    def sum(self, *parts: Tensor, comm: Comm) -> list[Tensor]:
+        """Per-sample values (B, ...) -> sums over each group (slots, ...), over ranks where groups span them: one
+        all-reduce for all of ``parts``, in the dtype of the first.
 
         The gradient is that of the mean over ranks: values are the global sums, and each rank's backward carries W
         times its own rows, which the average over ranks undoes.
         """
         # A product with one-hot rows: index_add on a GPU adds in an order of its own, other bits each time.
-        member = (self.ids == torch.arange(self.slots, device=x.device)[:, None]).to(x.dtype)
-        local = (member @ x.flatten(1)).view(self.slots, *x.shape[1:]) if x.dim() > 1 else member @ x
+        member = (self.ids == torch.arange(self.slots, device=self.ids.device)[:, None]).to(parts[0].dtype)
+        local = [(member @ x.flatten(1).to(member.dtype)).view(self.slots, *x.shape[1:]) for x in parts]
         if not self.shared:
             return local
-        total = comm.all_reduce(local)
-        return total + comm.world * (local - local.detach()) if x.requires_grad else total
+        packed = comm.all_reduce(torch.cat([x.detach().flatten() for x in local]))
+        totals = [t.view_as(x) for t, x in zip(packed.split([x.numel() for x in local]), local, strict=True)]
+        return [
+            total + comm.world * (x - x.detach()) if x.requires_grad else total
+            for total, x in zip(totals, local, strict=True)
+        ]
 
-    def weights(self, valid: Tensor, comm: Comm) -> Tensor:
-        """bool (B, ...) -> weights whose sum over ranks / W is the mean over groups of the mean over valid entries.
+    def weights(self, valid: Tensor, counts: Tensor, comm: Comm) -> Tensor:
+        """bool (B, V, P) and how many are true in each group (slots, V) -> weights whose sum over ranks / W is the mean
+        over groups of the mean over valid entries, for each of V.
 
         A group without a valid entry weighs 0 (the published code gives nan there).
         """
-        dims = list(range(1, valid.dim()))
-        counts = self.sum(valid.sum(dims, dtype=torch.float32), comm).clamp_min(1)[self.ids]
-        return valid * (comm.world / self.count / counts).view(-1, *[1] * len(dims))
+        return valid * (comm.world / self.count / counts.clamp_min(1))[self.ids][:, :, None]
 
 
 def make(statistics: str, samples: int, comm: Comm, device: torch.device) -> Groups:

@@ -39,25 +39,28 @@ class CRMoE(mocov3.MoCoV3):
 
     Params = Params
 
-    def terms(
+    def routed(
         self, student: Encoded, teacher: Encoded, batch: Batch, comm: Comm
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        terms, metrics = super().terms(student, teacher, batch, comm)
         p = self.params
         if p.consistency == "none" or p.consistency_weight == 0:
-            return terms, metrics
+            return super().routed(student, teacher, batch, comm)
         if not student.routing or not student.routing[0]:
             raise ConfigError("crmoe needs experts: set moe.blocks=odd, or params.consistency=none for a dense ViT")
         q_idx, q_w, experts = routing.sparse_gates(student, 2, p.activation)
         with torch.no_grad():
             k_idx, k_w, _ = routing.sparse_gates(teacher, 2, p.activation)
-        match = None
+        match, metrics = None, {}
         if p.consistency in ("overlap", "similarity"):
             match = self.match(batch.boxes, q_w.shape[3] - 1)
             self.matched = match.idx1, match.valid1
             metrics["health/match_rate"] = (match.valid1.float().mean() + match.valid2.float().mean()) / 2
+        samples = len(student.features) // 2
+        terms, counts = routing.terms_and_counts(
+            student, samples, comm, p.balance_weight, self.statistics, match and match.counts()
+        )
         total, per_layer = consistency(
-            q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics, p.consistency
+            q_idx, q_w, k_idx, k_w, experts, comm, match, p.temperature, p.alpha, self.statistics, p.consistency, counts
         )
         terms["loss/consistency"] = p.consistency_weight * total
         metrics.update({f"health/consistency/L{layer}": value for layer, value in enumerate(per_layer)})

@@ -71,9 +71,15 @@ class MoCoV3(Method):
             "health/negative": (one.negative + two.negative) / 2,
             **health.features(student.features, self.progress.step),
         }
+        routed, more = self.routed(student, teacher, batch, comm)
+        return {"loss/contrastive": one.loss + two.loss, **routed}, metrics | more
+
+    def routed(
+        self, student: Encoded, teacher: Encoded, batch: Batch, comm: Comm
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms on the routing, and other metrics of it; none without experts."""
         samples = len(student.features) // 2
-        experts = routing.terms(student, samples, comm, p.balance_weight, self.statistics)
-        return {"loss/contrastive": one.loss + two.loss, **experts}, metrics
+        return routing.terms(student, samples, comm, self.params.balance_weight, self.statistics), {}
 
 
 METHOD = MoCoV3

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_cl.comm import Comm
-from moe_cl.losses.balance import balance, expert_sums
+from moe_cl.losses.balance import balance_and_counts, expert_sums
 from moe_cl.models.build import Encoded
 
 
@@ -27,14 +27,22 @@ def terms(encoded: Encoded, batch: int, comm: Comm, weight: float, statistics: s
 
     ``loss/balance``: over layers and views (crmoe.md 1.4). ``loss/router_z``: the routers' own z-loss, where asked for.
     """
-    out = {}
+    return terms_and_counts(encoded, batch, comm, weight, statistics)[0]
+
+
+def terms_and_counts(
+    encoded: Encoded, batch: int, comm: Comm, weight: float, statistics: str, counts: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """``terms``, and ``counts`` (B, ...) summed over each group, in the balance's message (None: it sent none)."""
+    out, counted = {}, None
     sums = balance_sums(encoded, batch) if weight else None
     if sums is not None:
-        out["loss/balance"] = weight * balance(sums, comm, statistics)[0]
+        total, _, counted = balance_and_counts(sums, counts, comm, statistics)
+        out["loss/balance"] = weight * total
     z = [r.z_loss.mean() for layers in encoded.routing for r in layers if r.z_loss is not None]
     if z:
         out["loss/router_z"] = torch.stack(z).sum()
-    return out
+    return out, counted
 
 
 def sparse_gates(encoded: Encoded, views: int, activation: str) -> tuple[Tensor, Tensor, int]:

@@ -57,6 +57,17 @@ def test_cls_alone(kind):
     np.testing.assert_allclose(total.item(), want, rtol=2e-6)
 
 
+def test_every_group_has_the_patches_that_nearest_counts_without_a_message():
+    """All patches have a nearest one: their number is known, and it is the one that counting gives."""
+    qi, qw, _ = gates("gated", ("q1", "q2"))
+    ki, kw, _ = gates("gated", ("k1", "k2"))
+    for statistics in ("global", "group: 2", "published"):
+        total, _ = consistency(qi, qw, ki, kw, 16, LocalComm(), statistics=statistics, mode="nearest")
+        match = module.nearest(qi, qw, ki, kw, 16)
+        counted = module._aligned(qi, qw, ki, kw, match, None, (1.0, 1.0), 16, LocalComm(), 0.2, statistics)
+        torch.testing.assert_close(total, counted.sum(), rtol=1e-6, atol=0)
+
+
 def test_no_overlap_leaves_cls():
     """The published code gives nan here."""
     match = golden_match()

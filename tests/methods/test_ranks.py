@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from moe_cl import methods
-from moe_cl.comm import LocalComm
+from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import MoEConfig
 from moe_cl.models.build import build_backbone
 from tests.plain import Run, batch_of
@@ -21,6 +23,7 @@ SIZES = {
     "esvit": {"out_dim": 16, "hidden": 24, "bottleneck": 8},
 }
 VIEWS = 3
+SEEDED = threading.Lock()
 
 
 def prepared(name, comm, moe, dtype=torch.float64):
@@ -66,6 +69,24 @@ def test_two_ranks_are_one(pool, name):
             torch.testing.assert_close(got[key], grad, rtol=1e-6, atol=1e-10, msg=key)
         for key, value in state.items():
             torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(("statistics", "messages"), [("global", 1), ("group: 8", 1), ("group: 4", 0)])
+def test_statistics_of_the_routing_take_one_message(statistics, messages):
+    """Balance of all layers and views, and the matched patches of both directions; none where a rank has its groups."""
+
+    def count(comm):
+        with SEEDED:  # ranks are threads here
+            run = prepared("crmoe", comm, True)
+        run.method.statistics, calls, reduce = statistics, [], comm.all_reduce
+        mine = batch("crmoe", slice(comm.rank, None, 2))
+        sides = [net("encode", mine.views, None, [2]) for net in (run.student, run.teacher.module)]
+        comm.all_reduce = lambda x, op="sum": calls.append(x.shape) or reduce(x, op)
+        terms, metrics = run.method.routed(*sides, mine, comm)
+        assert {"loss/balance", "loss/consistency"} <= set(terms) and metrics["health/match_rate"] > 0
+        return len(calls)
+
+    assert SimComm.run(2, count) == [messages] * 2
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from moe_cl import methods
@@ -11,6 +12,7 @@ from moe_cl.engine import checks
 from moe_cl.planning.hardware import Hardware
 
 GIB = 2**30
+_FIGURES = re.compile(r"\d[\d.,]*")
 
 
 def warnings(cfg: RunConfig, found: dict[str, Any], device: Hardware) -> list[str]:
@@ -21,8 +23,8 @@ def warnings(cfg: RunConfig, found: dict[str, Any], device: Hardware) -> list[st
         lines.append(f"does not fit: a rank needs {total / GIB:.1f} GiB, {over:.1f} GiB more than there is")
     elif total > 0.9 * found["memory_room"]:
         lines.append("fits with less than a tenth to spare: an uneven routing or another library version may not")
-    if found["precision"] not in ("fp32", *device.types):
-        lines.append(f"{device.name} multiplies no {found['precision']}: set engine.precision={device.types[0]}")
+    if not multiplies(found, device):
+        lines.append(f"{device.name} multiplies no {found['precision']}: {_precision(cfg, device)}")
     if found["ep_nodes"] > 1:
         per_node = found["gpus_per_node"]
         divisors = [d for d in range(1, per_node + 1) if per_node % d == 0 and cfg.moe.experts % d == 0]
@@ -51,6 +53,26 @@ def warnings(cfg: RunConfig, found: dict[str, Any], device: Hardware) -> list[st
             f"cluster reads the data more than once an epoch: data.streams={math.lcm(64, ranks)} (another order)"
         )
     return lines
+
+
+def multiplies(found: dict[str, Any], device: Hardware) -> bool:
+    """Whether the device has products of the plan's precision."""
+    return found["precision"] in ("fp32", *device.types)
+
+
+def _precision(cfg: RunConfig, device: Hardware) -> str:
+    """How to get a precision that the device has: a DeepSpeed JSON that names one goes before the recipe's."""
+    section = checks.read_json(cfg.engine.ds_config).get("torch_autocast")
+    if section is None or section.get("enabled") == "auto":
+        return f"set engine.precision={device.types[0]}"
+    named = {"fp16": "float16 (engine.ds_config=v100_fp16)", "bf16": "bfloat16 (engine.ds_config=gpu1_bf16)"}
+    return f"take a DeepSpeed JSON whose torch_autocast says {named[device.types[0]]}"
+
+
+def new(lines: list[str], known: list[str]) -> list[str]:
+    """Warnings of another plan that are not about what ``known`` ones say already (figures in them differ)."""
+    about = {_FIGURES.sub("", line) for line in known}
+    return [line for line in lines if _FIGURES.sub("", line) not in about and not line.startswith("does not fit")]
 
 
 def _data(found: dict[str, Any], device: Hardware) -> list[str]:

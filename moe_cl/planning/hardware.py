@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Hardware:
     launch: float = 5e-6
     latency: float = 20e-6
     reserve: float = 2.0 * GIB
-    image: float = 2.65e-3  # benchmarks/README.md, "loader: views": one core of a CPU with avx512
+    image: float = 2.0e-3  # benchmarks/README.md, views of one image from JPEG bytes: one core of a CPU with avx512
     gpu: bool = True
     types: list[str] = field(default_factory=lambda: ["bf16", "fp16"])
     source: str = ""
@@ -125,8 +126,11 @@ def find(name: str) -> Hardware:
 
 
 def write(hardware: Hardware, path: Path) -> None:
-    """As JSON, to be read, changed by hand and given to ``--gpu``."""
-    path.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
+    """As JSON, to be read, changed by hand and given to ``--gpu``. Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--calibrate {path}: {error.strerror}; name a file that can be written") from None
 
 
 def read(path: Path) -> Hardware:
@@ -134,9 +138,48 @@ def read(path: Path) -> Hardware:
     names = {f.name for f in dataclasses.fields(Hardware)}
     try:
         tree: Any = json.loads(path.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"--gpu {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--gpu {path}: not valid JSON ({error}); make it anew with `plan --calibrate`") from None
     if not isinstance(tree, dict) or set(tree) != names:
         wrong = sorted(names.symmetric_difference(tree) if isinstance(tree, dict) else names)
         raise ConfigError(f"--gpu {path}: keys {', '.join(wrong)} missing or unknown; make it with `plan --calibrate`")
+    if wrong := [line for key, value in tree.items() if (line := _wrong(key, value))]:
+        raise ConfigError(f"--gpu {path}: {'; '.join(wrong)}")
+    if tree["reserve"] >= tree["memory"]:
+        raise ConfigError(
+            f"--gpu {path}: reserve leaves nothing of memory: {tree['reserve']:g} of {tree['memory']:g} bytes"
+        )
     return Hardware(**tree)
+
+
+KINDS = ("matmul", "batched", "conv", "attention")
+MAY_BE_ZERO = ("launch", "latency", "reserve")
+
+
+def _wrong(key: str, value: Any) -> str:
+    """What is wrong with one value of a file; empty if nothing."""
+    if key in ("low", "full"):
+        good = isinstance(value, dict) and set(value) == set(KINDS)
+        good = good and all(_number(v) and v > 0 for v in value.values())
+        asked = f"FLOP/s above 0 of {', '.join(KINDS)}"
+    elif key == "types":
+        good = isinstance(value, list) and bool(value) and all(v in ("bf16", "fp16") for v in value)
+        asked = "a list of bf16, fp16 or both"
+    elif key == "gpu":
+        good, asked = isinstance(value, bool), "true or false"
+    elif key in ("name", "source"):
+        good, asked = isinstance(value, str), "a text"
+    else:
+        least = key in MAY_BE_ZERO
+        good = _number(value) and (value > 0 or (least and value == 0))
+        asked = "a number of at least 0" if least else "a number above 0"
+    return "" if good else f"{key} is {asked}, found {json.dumps(value)[:60]}"
+
+
+def _number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False

@@ -3,9 +3,10 @@
 Operation: max(FLOPs / rate of its kind, bytes / stream, launch). Step: student + teacher + loss + backward, then
 optimizer and EMA (bytes / stream), then messages; nothing overlaps (``overlap_comm: false``), but for reading data.
 Messages of S bytes over n ranks (rings inside a node, all of a node's ranks together on its network): all-reduce
-2 S (n-1)/n a rank, all-gather S (n-1), all-to-all S (n-1)/n; of p ranks a node on N nodes, the network of a node
-carries 2 S (N-1)/N, S p (N-1) and p S (N-1)/N. ZeRO 1 and 2 reduce every gradient to all ranks (DeepSpeed's
-``use_multi_rank_bucket_allreduce``) and gather the weights after the step; ZeRO 3 gathers them in forward and backward.
+2 S (n-1)/n a rank, all-gather S (n-1), all-to-all S (n-1)/n; of a group with p ranks on a node and N nodes, the
+network of that node carries 2 S (N-1)/N, S (n-p) and p S (n-p)/n, and the busiest node counts. ZeRO 1 and 2 reduce
+every gradient to all ranks (DeepSpeed's ``use_multi_rank_bucket_allreduce``) and gather the weights after the step;
+ZeRO 3 gathers them in forward and backward.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from moe_cl.config import RunConfig
 from moe_cl.planning.hardware import Hardware
+from moe_cl.planning.layout import Layout, Spread, carried
 from moe_cl.planning.ledger import Op
 from moe_cl.planning.trace import Trace
 
@@ -30,38 +32,10 @@ PARTS = (
 FLAT = 500_000_000  # elements that DeepSpeed's stage 0 reduces at once
 MIB = 2**20
 # On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads (with experts MOE more); oneDNN's
-# kernels of the experts' products (0.57 MiB each whatever the width; 64 numbers of rows, five products), which a run has
-# after some dozens of steps, and its copies of feature maps in layouts of its own; and the share of activations lost
-# because blocks of changing sizes do not fit those freed before.
+# kernels of the experts' products (0.57 MiB each whatever the width; 64 numbers of rows, five products), which a run
+# has after some dozens of steps, and its copies of feature maps in layouts of its own; and the share of activations
+# lost because blocks of changing sizes do not fit those freed before.
 LIBRARIES, MOE, MOE_KERNELS, CONVOLUTIONS, MISFITS = 70 * MIB, 120 * MIB, 185 * MIB, 150 * MIB, 0.5
-
-
-@dataclass(frozen=True)
-class Layout:
-    """nodes x per_node ranks; experts of one set over ``ep`` of them, consecutive ones or (strided) spread apart."""
-
-    nodes: int
-    per_node: int
-    ep: int = 1
-    strided: bool = False
-
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.nodes * self.per_node
-
-    @property
-    def copies(self) -> int:
-        """Ranks that hold the same experts."""
-        return self.world // self.ep
-
-    def spread(self, group: str) -> tuple[int, int, int]:
-        """Ranks of a group (world, expert, copies), nodes they stand on, and such groups that share a node."""
-        ranks = {"world": self.world, "expert": self.ep, "copies": self.copies}[group]
-        neighbours = group == "world" or (group == "expert") != self.strided
-        apart = 1 if neighbours else self.world // ranks  # every ``apart``-th rank
-        inside = min(ranks, max(1, self.per_node // apart))  # of the group on one node
-        return ranks, -(-ranks // inside), max(1, self.per_node // inside)
 
 
 @dataclass(frozen=True)
@@ -138,7 +112,6 @@ def _on_cpu(cfg: RunConfig, traced: Trace, zero: Zero, cut: float, world: int) -
     once, inside = max(traced.dense, traced.experts), min(zero.bucket, traced.trained)
     out = {part: float(size) for part, size in traced.peak.items()}
     out["gradients"] = 4.0 * traced.small
-    low = any(op.low for ops in traced.ops.values() for op in ops)
     out["libraries"] = LIBRARIES + (CONVOLUTIONS if traced.convolutions else 0)
     if traced.experts:
         out["libraries"] += MOE + MOE_KERNELS + MISFITS * sum(traced.peak.values())
@@ -164,33 +137,23 @@ def seconds(ops: Counter[Op], hardware: Hardware) -> float:
     return total
 
 
-def carried(kind: str, size: float, spread: tuple[int, int, int]) -> tuple[float, float]:
-    """Bytes of one collective (``Message``): over a rank's link inside its node, and out of each node altogether."""
-    ranks, nodes, sharing = spread
-    here = max(1, ranks // nodes)  # ranks of the group in one node
-    if kind == "all_reduce":
-        inside, outside = 2 * size * (ranks - 1) / ranks, 2 * size * (nodes - 1) / nodes
-    elif kind == "all_gather":
-        inside, outside = size * (ranks - 1), size * here * (nodes - 1)
-    else:
-        inside, outside = size * (ranks - 1) / ranks, size * here * (nodes - 1) / nodes
-    return (inside if here > 1 else 0.0), sharing * outside
-
-
 @dataclass
 class Traffic:
-    """Collectives of a step: seconds, and bytes out of each node."""
+    """Collectives of a step: seconds, bytes that a rank sends, and bytes out of the busiest node."""
 
     seconds: float = 0.0
+    sent: float = 0.0
     outside: float = 0.0
 
-    def add(self, kind: str, size: float, spread: tuple[int, int, int], hardware: Hardware, times: int = 1) -> None:
-        """``times`` collectives of ``size`` bytes in a group of (ranks, nodes, groups that share a node)."""
-        if spread[0] == 1 or not size:
+    def add(self, kind: str, size: float, spread: Spread, hardware: Hardware, times: int = 1) -> None:
+        """``times`` collectives of ``size`` bytes in every group of ``spread``."""
+        if spread.ranks == 1 or not size:
             return
-        inside, outside = carried(kind, size, spread)
-        waiting = hardware.latency * math.ceil(math.log2(spread[0]))
+        sent, outside = carried(kind, size, spread)
+        inside = sent if spread.together > 1 else 0.0
+        waiting = hardware.latency * math.ceil(math.log2(spread.ranks))
         self.seconds += times * (waiting + max(inside / hardware.link, outside / hardware.network))
+        self.sent += times * sent
         self.outside += times * outside
 
 
@@ -233,8 +196,8 @@ def update_bytes(cfg: RunConfig, traced: Trace, layout: Layout, zero: Zero) -> f
 
 def step_seconds(
     cfg: RunConfig, traced: Trace, layout: Layout, hardware: Hardware, zero: Zero
-) -> tuple[dict[str, float], float]:
-    """Seconds of an optimizer step by part, and the bytes that each node sends to others in it."""
+) -> tuple[dict[str, float], dict[str, Traffic]]:
+    """Seconds of an optimizer step by part, and the messages among these parts."""
     out = {phase: seconds(ops, hardware) for phase, ops in traced.ops.items()}
     launches = 4 * traced.tensors * hardware.launch  # copy, norm, update, average
     out["optimizer and EMA"] = update_bytes(cfg, traced, layout, zero) / hardware.stream + launches
@@ -243,16 +206,19 @@ def step_seconds(
         "expert all-to-all": messages(traced, "expert", layout, hardware),
         "gradients and weights": between_ranks(traced, layout, hardware, zero),
     }
-    out |= {name: traffic.seconds for name, traffic in sent.items()}
-    return out, sum(traffic.outside for traffic in sent.values())
+    return out | {name: traffic.seconds for name, traffic in sent.items()}, sent
 
 
-def image_seconds(views: list[tuple[int, int]], hardware: Hardware) -> float:
-    """Seconds of a core for one image: decoding and (side, number) views.
+def image_seconds(views: list[tuple[int, int]], hardware: Hardware, pixels: float = 500 * 375) -> float:
+    """Seconds of a core for one image of ``pixels``: decoding and (side, number) views.
 
-    1.2 ms + 0.34 ms a view + 8.1 ms a million pixels: a line through benchmarks/README.md's 2 x 224 (2.65 ms) and
-    2 x 224 + 8 x 96 (6.13 ms), scaled to the core at hand by ``hardware.image``.
+    A million pixels of the image take 3.7 ms to decode, those of its views 10.5 ms, and a view 0.055 ms and 0.32 ms a
+    million pixels of the image: through benchmarks/README.md's decoder (0.69 ms), 2 x 224 and 2 x 224 + 8 x 96 of
+    decoded images (1.28 ms, 2.97 ms) and two views of a 28 px image (0.13 ms), scaled to the core at hand.
     """
-    number = sum(count for _, count in views)
-    pixels = sum(count * side * side for side, count in views) / 1e6
-    return (1.16 + 0.34 * number + 8.1 * pixels) / 2.65 * hardware.image
+
+    def model(million: float, views: list[tuple[int, int]]) -> float:
+        number, made = sum(n for _, n in views), sum(n * side * side for side, n in views) / 1e6
+        return 3.7 * million + (0.055 + 0.32 * million) * number + 10.5 * made
+
+    return model(pixels / 1e6, views) / model(500 * 375 / 1e6, [(224, 2)]) * hardware.image

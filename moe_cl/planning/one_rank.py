@@ -17,6 +17,7 @@ from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import checks, fake, large_batch, setup, step
 from moe_cl.planning import model
+from moe_cl.planning.layout import Layout
 from moe_cl.planning.plan import zero_of
 from moe_cl.planning.trace import trace
 from moe_cl.views.spec import Batch, build_spec
@@ -53,7 +54,7 @@ def facts(rank: int, asked: dict[str, Any]) -> dict[str, Any]:
     agreed = driver(built.parts, batches(cfg, batch.micro_batch, batch.accumulation), 0, 0.99)
     after = _owned(engine)
     strided = bool(tree.get("use_data_before_expert_parallelism", False))
-    zero, layout = zero_of(tree), model.Layout(world // asked["per_node"], asked["per_node"], cfg.moe.ep_size, strided)
+    zero, layout = zero_of(tree), Layout(world // asked["per_node"], asked["per_node"], cfg.moe.ep_size, strided)
     traced = trace(cfg, world, batch.micro_batch, batch.accumulation, "fp32", False)
     return {
         "world": world, "strided": strided, "asked": cfg.batch.global_batch,

@@ -20,10 +20,11 @@ def plan(found: dict[str, Any]) -> None:
     room = f"{found['memory_total'] / GIB:.2f} of {found['memory_room'] / GIB:.1f}"
     table(["memory of a rank", "GiB"], [*rows, ["together", room]])
     print()
-    rows = [[part, f"{1e3 * value:.1f}"] for part, value in found["time"].items() if value]
-    table(["an optimizer step", "ms"], [*rows, ["together", f"{1e3 * found['step_seconds']:.1f}"]])
-    print(f"\n{found['steps']:,} steps on {found['images']:,} images: {duration(3600 * found['hours'])} (h:mm:ss), "
-          f"{found['gpu_hours']:,.1f} GPU hours")  # fmt: skip
+    rows = [[part, f"{1e3 * value:.1f}", *_sent(found, part)] for part, value in found["time"].items() if value]
+    names = ["an optimizer step", "ms", "MB a rank sends", "MB out of a node"]
+    table(names, [*rows, ["together", f"{1e3 * found['step_seconds']:.1f}", "", ""]])
+    print(f"\n{found['steps']:,} steps on {found['images']:,} images ({found['data']['source']}): "
+          f"{duration(3600 * found['hours'])} (h:mm:ss), {found['gpu_hours']:,.1f} GPU hours")  # fmt: skip
     print(f"images: {found['images_per_second']:,.0f} /s in all, {found['images_per_second_node']:,.0f} /s a node; it "
           f"decodes on {found['loader_cores_node']:.1f} cores, reads {found['disk_mb_s_node']:,.1f} MB/s and sends "
           f"{found['network_mb_s_node']:,.0f} MB/s to others")  # fmt: skip
@@ -33,8 +34,16 @@ def plan(found: dict[str, Any]) -> None:
         fits = "fits" if other["fits"] else "still too much"
         print(f"INSTEAD  {' '.join(other['settings'])}: {other['memory_total'] / GIB:.1f} GiB ({fits}), "
               f"{1e3 * other['step_seconds']:.0f} ms a step; {other['effect']}")  # fmt: skip
+        for line in other["warnings"]:
+            print(f"         but {line}")
     if "simulation" in found:
         simulation(found["simulation"])
+
+
+def _sent(found: dict[str, Any], part: str) -> list[str]:
+    """Megabytes of a step's messages, empty where a part has none."""
+    sent = found["sent"].get(part, {"rank": 0, "node": 0})
+    return [f"{sent[who] / 1e6:,.1f}" if sent[who] else "" for who in ("rank", "node")]
 
 
 def simulation(found: dict[str, Any]) -> None:
@@ -54,6 +63,8 @@ def scaling(rows: list[dict[str, Any]]) -> None:
           f"{first['precision']}, ZeRO {first['zero_stage']}, experts over {first['ep_size']}")  # fmt: skip
     names = ["GPUs", "batch", "GiB a rank", "step, ms", "messages, %", "images/s", "efficiency", "hours", "GPU hours"]
     table(names, [_row(row) for row in rows])
+    if "simulation" in rows[-1]:
+        simulation(rows[-1]["simulation"])
 
 
 def _row(row: dict[str, Any]) -> list[str]:

@@ -21,13 +21,16 @@ from typing import Any
 
 from moe_cl import config
 from moe_cl.config import ConfigError, RunConfig
+from moe_cl.engine.checks import read_json
+from moe_cl.planning.layout import Layout
 
 MOST, AT_ONCE, PATIENCE = 1024, 2, 900
 _WIDTHS = {"dim": 16, "mlp_dim": 32, "hidden": 32, "bottleneck": 16, "out_dim": 64}
 
 
 def layout(cfg: RunConfig, nodes: int, per_node: int, most: int = 4) -> dict[str, Any]:
-    """Simulate the last and first rank, and those at the borders of an expert group and of a node; ``most`` of them.
+    """Simulate the last and first rank, the last one of an expert group on most nodes, and the first of the second
+    node; ``most`` of them.
 
     Returns:
         ranks, world, seconds, checks (what was found to be right), errors (one line each).
@@ -39,11 +42,12 @@ def layout(cfg: RunConfig, nodes: int, per_node: int, most: int = 4) -> dict[str
     if world > MOST:
         raise ConfigError(f"--simulate: {world} ranks are more than {MOST}; plan without it, or for fewer nodes")
     begin = time.monotonic()
-    chosen = sorted(list(dict.fromkeys([world - 1, 0, min(ep, world) - 1, per_node % world]))[:most])
+    border = _border(Layout(nodes, per_node, ep, _strided(cfg)))
+    chosen = sorted(list(dict.fromkeys([world - 1, 0, border, per_node % world]))[:most])
     asked = {"world": world, "per_node": per_node, "config": config.to_tree(tiny(cfg, world))}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         facts = dict(zip(chosen, pool.map(lambda rank: _one(rank, asked), chosen), strict=True))
-    checks, errors = compare(cfg, world, facts)
+    checks, errors = compare(cfg, nodes, per_node, facts)
     return {"ranks": chosen, "world": world, "seconds": time.monotonic() - begin, "checks": checks, "errors": errors}
 
 
@@ -96,8 +100,20 @@ def _one(rank: int, asked: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(cfg: RunConfig, world: int, facts: dict[int, dict[str, Any]]) -> tuple[list[str], list[str]]:
+def _strided(cfg: RunConfig) -> bool:
+    """Whether the DeepSpeed JSON spreads the ranks of an expert group over the world."""
+    return bool(read_json(cfg.engine.ds_config).get("use_data_before_expert_parallelism", False))
+
+
+def _border(layout: Layout) -> int:
+    """Last rank of the first expert group, of those that stand on most nodes."""
+    most = layout.spread("expert").nodes
+    return next(group[-1] for group in layout.groups("expert") if len(layout.nodes_of(group)) == most)
+
+
+def compare(cfg: RunConfig, nodes: int, per_node: int, facts: dict[int, dict[str, Any]]) -> tuple[list[str], list[str]]:
     """(what is right, what is wrong) over the simulated ranks' facts."""
+    world = nodes * per_node
     errors = [fact["error"] for fact in facts.values() if "error" in fact]
     facts = {rank: fact for rank, fact in facts.items() if "error" not in fact}
     checks: list[str] = []
@@ -142,26 +158,20 @@ def compare(cfg: RunConfig, world: int, facts: dict[int, dict[str, Any]]) -> tup
             continue
         group, copies, local = fact["expert_group"], fact["copies"], experts // ep
         place = group.index(rank)
+        layout = Layout(nodes, per_node, ep, fact["strided"])
+        on = sorted(layout.nodes_of(group))
+        where = f"node {on[0]}" if len(on) == 1 else f"nodes {on[0]} to {on[-1]}"
         check(
-            f"rank {rank}: its expert group {_ranks(group)} is that of the layout",
-            group == _group(fact, rank, ep),
-            group,
-        )
+            f"rank {rank}: its expert group {_ranks(group)} on {where} is that of the layout",
+            group == layout.group_of("expert", rank), group,
+        )  # fmt: skip
         check(
             f"rank {rank}: holds experts {place * local} to {place * local + local - 1}, as {len(copies)} ranks do",
-            fact["first_experts"] == [place * local] * len(fact["first_experts"]) and len(copies) == world // ep
-            and fact["local_experts"] == local, fact["first_experts"],
+            fact["first_experts"] == [place * local] * len(fact["first_experts"])
+            and copies == layout.group_of("copies", rank) and fact["local_experts"] == local,
+            f"{fact['first_experts']}, {copies}",
         )  # fmt: skip
     return checks, errors
-
-
-def _group(fact: dict[str, Any], rank: int, ep: int) -> list[int]:
-    """Ranks that share a set of experts with ``rank``: neighbours, or (strided) spread over the world."""
-    if fact["strided"]:
-        step = fact["world"] // ep
-        return list(range(rank % step, fact["world"], step))
-    start = rank // ep * ep
-    return list(range(start, start + ep))
 
 
 def _ranks(group: list[int]) -> str:

@@ -1,5 +1,6 @@
 """Cards by name, and figures that were measured."""
 
+import dataclasses
 import json
 
 import pytest
@@ -70,6 +71,38 @@ def test_a_file_that_is_none(tmp_path):
     path.write_text(json.dumps({"name": "x"}))
     with pytest.raises(ConfigError, match="attention|full.*missing or unknown"):
         hardware.find(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("memory", "80", "memory is a number above 0, found "),
+        ("memory", 10**400, "memory is a number above 0"),
+        ("stream", 0, "stream is a number above 0, found 0"),
+        ("network", None, "network is a number above 0, found null"),
+        ("link", -1, "link is a number above 0, found -1"),
+        ("latency", -1e-6, "latency is a number of at least 0"),
+        ("image", float("nan"), "image is a number above 0, found NaN"),
+        ("reserve", 1e15, "reserve leaves nothing of memory"),
+        ("low", {}, "low is FLOP/s above 0 of matmul, batched, conv, attention, found {}"),
+        ("full", {"matmul": 1.0, "batched": 1.0, "conv": 0, "attention": 1.0}, "full is FLOP/s above 0"),
+        ("types", [], "types is a list of bf16, fp16 or both"),
+        ("gpu", 1, "gpu is true or false"),
+        ("name", 5, "name is a text"),
+    ],
+)
+def test_a_file_with_a_wrong_value(tmp_path, key, value, says):
+    path = tmp_path / "x.json"
+    tree = dataclasses.asdict(hardware.GPUS["H100-80G"]) | {key: value}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError) as caught:
+        hardware.find(str(path))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(ConfigError, match="No such file or directory; name a file that can be written"):
+        hardware.write(hardware.GPUS["H100-80G"], tmp_path / "nowhere" / "x.json")
 
 
 @pytest.mark.processes

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -44,23 +46,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="also check this run's data, out dir, settings and MLflow server")
     parser.add_argument("--out", help="the run's out dir")
     parser.add_argument("--data", help="the run's training shards")
-    parser.add_argument("--port", type=int, default=29500, help="where the job's first rank listens (default: 29500)")
+    parser.add_argument(
+        "--port", type=port_number, default=29500, help="where the job's first rank listens (default: 29500)"
+    )
     parser.add_argument("--json", action="store_true", help="this host's facts as JSON, or with --hostfile all answers")
     parser.add_argument("--no-links", action="store_true", help="leave the bandwidth test out")
+
+
+def port_number(text: str) -> int:
+    """An ``argparse`` type."""
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, found {text!r}")
+    return int(text)
 
 
 def read_hostfile(path: str) -> dict[str, int]:
     """Host names in order, with their slots. Raises ConfigError."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"hostfile {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"hostfile {path} is no text file; write lines like 'node1 slots=8'") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#", 1)[0].split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit():
+        if len(words) != 2 or not re.fullmatch("slots=[1-9][0-9]{0,5}", words[1]):
             raise ConfigError(f"hostfile {path}, line {number}: write it as 'HOST slots=N', found {line.strip()!r}")
         if words[0] in hosts:
             raise ConfigError(
@@ -97,13 +110,16 @@ def ask(name: str, arguments: list[str]) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer(name, error=f"no answer within {ASK_SECONDS} s: is it up, and does `ssh {name} true` work?")
     after = time.time()
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode == 2 and said.startswith("moe_cl: "):  # it runs there, and refuses a setting
+        return Answer(name, error=said.removeprefix("moe_cl: "))
     if done.returncode == 255:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = said or "no reason given"
         return Answer(name, error=f"ssh cannot reach it ({reason}): check the name, the network and the key")
     try:
         facts = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = said or f"exit code {done.returncode}"
         return Answer(
             name, error=f"this checkout does not run there ({reason}): it must lie at {host.ROOT}, with .venv"
         )
@@ -130,7 +146,8 @@ def problems(answers: list[Answer]) -> list[str]:
         ("config", "use the same recipe, DeepSpeed JSON and settings on all"),
     ):
         out += _different(good, what, lambda f, what=what: f.get(what), advice)
-    out += _different(good, "data", lambda f: f.get("data", {}).get("digest"), "bring the same shards to all hosts")
+    whole = [a for a in good if "error" not in a.facts.get("data", {})]  # what is broken has its own line
+    out += _different(whole, "data", lambda f: f.get("data", {}).get("digest"), "bring the same shards to all hosts")
     return out
 
 
@@ -186,6 +203,8 @@ def main(args: argparse.Namespace) -> int:
     """Ask, compare, print. 0 = all well, 1 = something to mend."""
     cfg = planned(args)
     hosts = read_hostfile(args.hostfile) if args.hostfile else {}
+    if hosts and shutil.which("ssh") is None:
+        raise ConfigError("doctor --hostfile asks over ssh, and there is no ssh here: install it (openssh-client)")
     names = list(hosts)
     if not names:
         facts = host.facts(cfg, args.port)
@@ -215,6 +234,8 @@ def main(args: argparse.Namespace) -> int:
 def planned(args: argparse.Namespace) -> config.RunConfig | None:
     """The config of the run that is planned, if a recipe was named."""
     if not args.recipe:
+        if args.out or args.data or args.overrides:
+            raise ConfigError("doctor: --out, --data and settings belong to a run: name it with --recipe")
         return None
     from moe_cl import methods
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import platform
@@ -10,8 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,7 @@ import psutil
 
 from moe_cl import config
 from moe_cl.config import ConfigError
+from moe_cl.data.shard import Shard, ShardIndex, index_url, is_remote, read_bytes
 from moe_cl.tracking import redact
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,35 +95,60 @@ def interfaces() -> dict[str, str]:
 
 
 def disk(out: Path) -> dict[str, Any]:
-    """Free GiB and synced write speed (MB/s) where ``out`` is, or will be."""
+    """Free GiB and synced write speed (MB/s) where ``out`` is, or will be; ``error`` if that cannot be written."""
     folder = out
-    while not folder.exists():
-        folder = folder.parent
-    path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
     try:
+        while not folder.exists():
+            folder = folder.parent
         begin = time.perf_counter()
-        with open(path, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder, prefix=".doctor-") as file:
             file.write(os.urandom(1 << 20) * (WRITE_BYTES >> 20))
             file.flush()
             os.fsync(file.fileno())
         speed = WRITE_BYTES / (time.perf_counter() - begin) / 1e6
+        free = shutil.disk_usage(folder).free / 2**30
     except OSError as error:
-        return {"error": f"{folder}: {error.strerror}"}
-    finally:
-        path.unlink(missing_ok=True)
-    return {"free_gib": shutil.disk_usage(folder).free / 2**30, "write_mb_s": speed}
+        return {"error": f"{folder}: {error.strerror}; choose another --out, or make it writable"}
+    return {"free_gib": free, "write_mb_s": speed}
 
 
 def data_set(pattern: str) -> dict[str, Any]:
-    """Samples and a digest of what ``pattern`` names here (shards, sizes, hashes), or why it names nothing."""
+    """Samples and a digest of what ``pattern`` names here (shards, sizes, hashes, indexes), or what is wrong with it.
+
+    Of local shards the files themselves are looked at: each tar's size, and each index.
+    """
     from moe_cl.data.index import resolve
 
+    digest, wrong = hashlib.sha256(), []
     try:
         dataset = resolve(pattern)
+        for shard in dataset.shards:
+            digest.update(json.dumps([shard.name, shard.samples, shard.bytes, shard.sha256]).encode())
+            if not is_remote(shard.url):
+                wrong += _shard(shard, digest)
     except (ConfigError, OSError) as error:
         return {"error": str(error)}
-    text = json.dumps([[Path(s.url).name, s.samples, s.bytes, s.sha256] for s in dataset.shards])
-    return {"samples": len(dataset), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    if wrong:
+        return {"error": wrong[0] + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")}
+    return {"samples": len(dataset), "digest": digest.hexdigest()[:16]}
+
+
+def _shard(shard: Shard, digest: Any) -> list[str]:
+    """What is wrong with a shard's files here; its index goes into ``digest``."""
+    size = os.path.getsize(shard.url)
+    if shard.bytes and size != shard.bytes:
+        return [f"{shard.url} has {size:,} bytes, not {shard.bytes:,}: copy or make it again"]
+    try:
+        text = read_bytes(index_url(shard.url))
+        index = ShardIndex.from_json(text, index_url(shard.url))
+    except FileNotFoundError:
+        return [f"{shard.url} has no index: copy it too, or run `python -m data_prep index {shard.url}`"]
+    except ConfigError as error:
+        return [str(error)]
+    if len(index) != shard.samples or index.bytes != size:
+        return [f"{index_url(shard.url)} is not that of its shard: run `python -m data_prep index` on the folder"]
+    digest.update(text)
+    return []
 
 
 def server(uri: str | None) -> dict[str, Any]:
@@ -129,12 +156,13 @@ def server(uri: str | None) -> dict[str, Any]:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith("http"):
         return {"state": "off" if uri == "none" else "embedded"}
-    parts = urlsplit(uri)
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + "/health"))
     try:
+        parts = urlsplit(uri)
+        address = parts.netloc.rpartition("@")[2]
+        bare = urlunsplit(parts._replace(netloc=address, path=parts.path.rstrip("/") + "/health"))
         with urllib.request.urlopen(bare, timeout=5) as answer:
             return {"state": f"answers {answer.status}".removesuffix(" 200")}
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no address, no server, or one of another kind
         if getattr(error, "code", 500) < 500:  # it is there; what it lets in is for its owner to say
             return {"state": f"answers {error.code}"}
         reason = getattr(error, "reason", error)

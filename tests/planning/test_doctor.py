@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +52,6 @@ def test_versions(facts):
         ({"data": {"error": "data/x does not exist"}}, "b: data: data/x does not exist"),
         ({"compiler": "missing"}, "b: no g++ or ninja"),
         ({"disk": {"free_gib": 0.5, "write_mb_s": 1.0}}, "b: only 0.5 GiB free"),
-        ({"disk": {"error": "/x: Read-only file system"}}, "b: disk: /x: Read-only file system"),
         ({"tracking": {"error": "no answer: refused"}}, "b: tracking: no answer: refused"),
         ({"kind": "cuda"}, "kind differs: a cpu, b cuda; use hosts with the same accelerators"),
     ],
@@ -71,6 +74,9 @@ def test_port_in_use(facts):
         port = taken.getsockname()[1]
         assert not host.port_free(port)
     assert host.port_free(port)
+    for wrong in ("99999", "0", "²"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["doctor", "--port", wrong])
     assert any("port is in use" in line for line in problems([Answer("a", {**facts, "port_free": False})]))
 
 
@@ -88,12 +94,85 @@ def test_more_slots_than_devices(facts):
     assert problems([Answer("a", gpus, slots=4)]) == []
 
 
-@pytest.mark.parametrize("text", ["", "node1\n", "node1 slots=many\n", "# nothing\n", "a slots=1\na slots=1\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "node1\n", "node1 slots=many\n", "# nothing\n", "a slots=1\na slots=1\n", "a 8\n", "a slots=0\n",
+     "a slots=²\n", b"\x80\xff"],
+)  # fmt: skip
 def test_bad_hostfile(tmp_path, text):
     path = tmp_path / "hosts"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match="slots=N|names no host|twice"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match="slots=N|names no host|twice|is no text file") as caught:
         read_hostfile(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_ssh_here(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["doctor", "--hostfile", str(path)]) == 2
+    assert "there is no ssh here: install it" in capsys.readouterr().err
+
+
+def test_settings_without_a_run_are_refused(capsys):
+    for words in (["--out", "x"], ["--data", "x"], ["seed=1"]):
+        assert cli.main(["doctor", *words]) == 2
+        assert "name it with --recipe" in capsys.readouterr().err
+
+
+def test_a_refusal_there_is_said_as_it_is(tmp_path, monkeypatch):
+    """``ssh`` is a script that answers as the other host's command does."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho 'moe_cl: unknown recipe x' >&2\nexit 2\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert doctor.ask("h2", []).error == "unknown recipe x"
+
+
+def test_a_disk_that_cannot_be_written(tmp_path, facts):
+    """A plain file in the way of the out dir; a file system mounted read-only (as root)."""
+    (tmp_path / "file").write_text("")
+    found = host.disk(tmp_path / "file" / "runs" / "a")
+    assert found == {"error": f"{tmp_path / 'file'}: Not a directory; choose another --out, or make it writable"}
+    assert problems([Answer("a", facts | {"disk": found})]) == [f"a: disk: {found['error']}"]
+    if os.geteuid() == 0 and shutil.which("unshare"):
+        (tmp_path / "disk").mkdir()
+        ask = f"from moe_cl.planning import host; print(host.disk(host.Path('{tmp_path}/disk/runs')))"
+        mount = f'mount -t tmpfs -o ro none "{tmp_path}/disk" && exec "$0" -c "$1"'
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", mount, sys.executable, ask], capture_output=True, text=True, cwd=host.ROOT
+        )
+        if "mount:" not in done.stderr and "unshare:" not in done.stderr:  # allowed here
+            assert "Read-only file system; choose another --out" in done.stdout, done.stderr
+    assert not host.disk(tmp_path / "new" / "runs").get("error") and not (tmp_path / "new").exists()
+
+
+def test_an_address_that_is_none():
+    assert "no answer from http://[bad (" in host.server("http://[bad")["error"]
+
+
+def test_a_data_set_is_looked_at_file_by_file(tmp_path, facts):
+    """What dataset.json claims is the same everywhere; the files may not be."""
+    shards = make_shards(tmp_path)
+    whole = host.data_set(str(shards))
+    assert whole["samples"] == 96 and host.data_set(str(shards)) == whole
+    index, tar = sorted(shards.glob("*.index.json"))[0], sorted(shards.glob("*.tar"))[1]
+    text = index.read_text()
+    index.write_text(text.replace('"label":[', '"label":[ '))  # another file, the same data: said, to be copied again
+    assert host.data_set(str(shards))["digest"] != whole["digest"]
+    index.unlink()
+    assert "has no index: copy it too" in host.data_set(str(shards))["error"]
+    index.write_text("{}")
+    assert "not a shard index" in host.data_set(str(shards))["error"]
+    index.write_text(text)
+    with open(tar, "r+b") as file:
+        file.truncate(1000)
+    assert "has 1,000 bytes, not " in (found := host.data_set(str(shards)))["error"]
+    lines = problems(
+        [Answer(name, facts | {"data": data}) for name, data in (("a", whole), ("b", whole), ("c", found))]
+    )
+    assert lines == [f"c: data: {found['error']}"]
 
 
 def test_a_planned_run(tmp_path, capsys, monkeypatch):

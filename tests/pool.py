@@ -11,9 +11,11 @@ import os
 import queue
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import parent_process
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -42,7 +44,18 @@ def _join(rank: int, world: int, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
 
 
+def _end_with_parent() -> None:
+    """A rank waits for its next task for ever: one whose pytest was killed (no clean-up runs then) ends itself."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(rank: int, tasks: Any, results: Any) -> None:
+    _end_with_parent()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     import torch
 

@@ -8,6 +8,7 @@ as it was made. Experts of a multiple of H with renormalised weights give the de
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -34,10 +35,10 @@ def units(expert: int, hidden: int, dense: int) -> tuple[Tensor, Tensor]:
     return index, 1.0 / torch.bincount(index, minlength=dense)[index]
 
 
-def can_upcycle(vit: ViT, state: dict[str, Tensor]) -> bool:
-    """True if ``state`` has a dense MLP where ``vit`` has experts."""
+def can_upcycle(vit: ViT, names: Container[str]) -> bool:
+    """True if a state dict of these ``names`` has a dense MLP where ``vit`` has experts."""
     blocks = enumerate(vit.blocks)
-    return any(not isinstance(b.mlp, Mlp) and f"blocks.{i}.mlp.fc1.weight" in state for i, b in blocks)
+    return any(not isinstance(b.mlp, Mlp) and f"blocks.{i}.mlp.fc1.weight" in names for i, b in blocks)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """``model.init_from``: a run that starts from another's weights (EsViT's V -> V+R, sparse upcycling, a converted file).
 
 From a checkpoint, parameters known to both keep their optimizer state and the schedules go on from its step; new heads
-start fresh, with step counts of their own. From a file of weights the run starts at step 0. Every key is accounted for:
-a backbone tensor on one side only, or of another shape, is an error.
+start fresh, with step counts of their own. From a file of weights the run starts at step 0, and so it does where the
+dense blocks of a checkpoint become experts. Every key is accounted for: a backbone tensor on one side only, or of
+another shape, is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import foreign, restore, store
 from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
 from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
+
+if TYPE_CHECKING:
+    from moe_cl.models import upcycle
 
 
 @dataclass
@@ -36,7 +40,10 @@ class Report:
             return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
 
         kind = "continues at its step" if self.extra else "starts at step 0"
-        return f"{len(self.loaded)} tensors loaded, fresh: {some(self.fresh)}, unused: {some(self.unused)}; {kind}"
+        made = " (experts from the dense blocks)" if self.upcycled else ""
+        return (
+            f"{len(self.loaded)} tensors loaded{made}, fresh: {some(self.fresh)}, unused: {some(self.unused)}; {kind}"
+        )
 
 
 def checkpoint_at(path: Path) -> Path | None:
@@ -87,11 +94,15 @@ def check(path: str | Path) -> None:
 def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
     """Weights into fresh modules; from a checkpoint optimizer state, teacher and method too. Raises ConfigError."""
     found = checkpoint_at(Path(path))
-    if found is not None:
+    dense = found is not None and _becomes_sparse(view.module, Reader(found).names("student"))
+    if found is not None and not dense:
         return _from_checkpoint(found, view, teacher, method)
-    state = read_weights(Path(path))
-    upcycled = _upcycle(view.module, state)
-    report = _load(state, "student", view.module, view.places, Path(path), upcycled)
+    state = _student_of(found, view) if dense else read_weights(Path(path))
+    made = _upcycle(view.module, state)
+    report = _load(state, "student", view.module, view.places, Path(path), made is not None)
+    if made is not None:
+        report.loaded += [f"backbone.{name}" for name in made.copied + made.experts]
+        report.fresh += [f"backbone.{name}" for name in made.fresh]
     restore.refresh_masters(view)
     if teacher is not None:
         _copy(view.module, teacher, [name for name, _ in teacher.named_parameters()])
@@ -154,17 +165,32 @@ def _load(
     return Report(loaded, [n for n in fresh if not (done and n.startswith("backbone."))], unused, upcycled=done)
 
 
-def _upcycle(student: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Experts from a dense backbone, where the file is one and the model has experts."""
+def _student_of(path: Path, view: FlatView) -> dict[str, Tensor]:
+    """The student's full tensors in a checkpoint. Raises ConfigError."""
+    try:
+        return restore.open_verified(path, view.comm).tree("student")
+    except Damaged as error:
+        raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+
+
+def _becomes_sparse(student: nn.Module, names: Iterable[str]) -> bool:
+    """True if a student with these tensors is dense where this one has experts."""
     from moe_cl.models import upcycle
     from moe_cl.models.vit import ViT
 
     backbone = getattr(student, "backbone", None)
+    dense = {name.removeprefix("backbone.") for name in names if name.startswith("backbone.")}
+    return isinstance(backbone, ViT) and upcycle.can_upcycle(backbone, dense)
+
+
+def _upcycle(student: nn.Module, state: dict[str, Tensor]) -> upcycle.Report | None:
+    """Experts from a dense backbone, where the file is one and the model has experts; else None."""
+    from moe_cl.models import upcycle
+
+    if not _becomes_sparse(student, state):
+        return None
     dense = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    if not isinstance(backbone, ViT) or not upcycle.can_upcycle(backbone, dense):
-        return False
-    upcycle.upcycle(backbone, dense)
-    return True
+    return upcycle.upcycle(student.backbone, dense)
 
 
 def _copy(student: nn.Module, teacher: nn.Module, names: Iterable[str]) -> None:

@@ -5,12 +5,16 @@ A sweep (``sweeps/NAME.yaml``) is a base recipe and named rows of settings, one 
     base: mocov2_r50_200ep
     about: MoCo v2, table 1 ...
     rows:
-      a: {settings: [params.mlp=true], expected: "66.2 linear"}
+      a: {settings: [params.head=mlp], expected: "66.2"}
+
+A row is started as its recipe's head says: the same launcher and ranks, an out dir of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,10 @@ SWEEPS = RECIPES / "sweeps"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``recipes``."""
     parser.add_argument("name", nargs="*", help="NAME, or: sweep NAME; nothing = the table")
-    parser.epilog = "Settings (key=value) change the recipe that is printed."
+    parser.epilog = (
+        "Settings (key=value) change the recipe that is printed, or all runs of the sweep; data.train=DIR fills in "
+        "their --data DIR."
+    )
 
 
 def about(path: Path) -> str:
@@ -49,20 +56,29 @@ def read_sweep(name: str) -> dict[str, Any]:
     return tree
 
 
-def commands(name: str) -> list[tuple[str, str, str]]:
-    """(row, command, expected figures) of each run of a sweep."""
-    tree = read_sweep(name)
-    out = []
+def start_command(recipe: str) -> str:
+    """How the head of a recipe says that it is started, DIR and HOSTFILE to be filled in."""
+    head = (line.lstrip("# ") for line in config.recipe_path(recipe).read_text().split("\n") if line.startswith("#"))
+    plain = f"python -m moe_cl pretrain --recipe {recipe} --data DIR --out runs/{recipe}"
+    return next((line for line in head if f"--recipe {recipe} " in line and "--data DIR" in line), plain)
+
+
+def commands(name: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """(row, command, expected figures) of each run of a sweep; ``overrides``: settings of all of them.
+
+    Raises ConfigError.
+    """
+    tree, data = read_sweep(name), "DIR"
+    for setting in overrides:
+        if setting.startswith("data.train="):
+            data = shlex.quote(setting.partition("=")[2])
+    more, out = [setting for setting in overrides if not setting.startswith("data.train=")], []
     for row, cells in tree["rows"].items():
-        settings = " ".join(f"'{s}'" if set(s) & set(" []{}*") else s for s in cells.get("settings", []))
         recipe = cells.get("recipe", tree["base"])
-        out.append(
-            (
-                str(row),
-                f"pretrain --recipe {recipe} --out runs/{name}-{row} {settings}".rstrip(),
-                cells.get("expected", ""),
-            )
-        )
+        command = start_command(recipe).replace("--data DIR", f"--data {data}")
+        command = command.replace(f"--out runs/{recipe}", f"--out runs/{name}-{row}")
+        settings = [shlex.quote(setting) for setting in (*cells.get("settings", []), *more)]
+        out.append((str(row), " ".join([command, *settings]), cells.get("expected", "")))
     return out
 
 
@@ -89,11 +105,8 @@ def main(args: argparse.Namespace) -> int:
         names = args.name[1:] or sweep_names()
         for name in names:
             print(f"# {name}: {read_sweep(name).get('about', '')}")
-            for row, command, expected in commands(name):
-                print(
-                    f"python -m moe_cl {command}"
-                    + (f"  # ({row}) expected: {expected}" if expected else f"  # ({row})")
-                )
+            for row, command, expected in commands(name, args.overrides):
+                print(command + (f"  # ({row}) expected: {expected}" if expected else f"  # ({row})"))
         return 0
     if len(args.name) > 1:
         raise ConfigError(f"recipes takes one name, found {' '.join(args.name)}")

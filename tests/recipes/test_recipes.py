@@ -10,7 +10,7 @@ import torch
 
 from moe_cl import config, methods
 from moe_cl.comm import LocalComm
-from moe_cl.engine import optim, schedules
+from moe_cl.engine import checks, optim, schedules
 from moe_cl.engine.setup import build_method
 from moe_cl.losses import groups
 from moe_cl.recipes.cli import commands, sweep_names
@@ -99,7 +99,7 @@ def test_says_what_it_is(name):
     head = [line for line in config.recipe_path(name).read_text().split("\n") if line.startswith("#")]
     text = "\n".join(head)
     assert len(head) >= 2 and f"--recipe {name}" in text or "quickstart" in text
-    if "fmnist" not in name:
+    if "micro_fmnist" not in name:
         assert "Hardware" in text and "Expected" in text
 
 
@@ -111,13 +111,55 @@ def test_every_recipe_and_sweep_has_its_place_in_the_guide():
     assert not missing
 
 
+def ranks_of(command: str, head: str) -> int:
+    """How many ranks a command starts; a launcher of one machine starts 8 at most."""
+    words = shlex.split(command)
+    if words[:2] == ["bash", "launchers/multinode.sh"]:
+        hosts, slots = map(int, re.search(r"HOSTFILE: (\d+) hosts, slots=(\d+)", head).groups())
+        return hosts * slots
+    if words[:2] == ["bash", "launchers/local.sh"]:
+        return int(words[2])
+    if words[0] == "deepspeed":
+        assert words[1] == "--num_gpus" and words[3:6] == ["--module", "moe_cl", "pretrain"] and int(words[2]) <= 8
+        return int(words[2])
+    assert words[:4] == ["python", "-m", "moe_cl", "pretrain"]
+    return 1
+
+
+def check_command(command: str, head: str) -> str:
+    """A command's settings fit the ranks it starts; returns its recipe."""
+    words = shlex.split(command)
+    name, settings = words[words.index("--recipe") + 1], [w for w in words if re.match(r"[\w.]+=", w)]
+    cfg = config.load(name, settings, methods.params_of)
+    checks.check(cfg, ranks_of(command, head))
+    build_spec(cfg.views)
+    assert "--data" in words and words[words.index("--out") + 1].startswith("runs/")
+    return name
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_the_head_has_commands_that_start_it(name):
+    head = [line.lstrip("# ") for line in config.recipe_path(name).read_text().split("\n") if line.startswith("#")]
+    found = [line for line in head if "--recipe" in line]
+    quick = [line for line in head if line.startswith("bash launchers/quickstart.sh")]
+    recipes = [check_command(line, "\n".join(head)) for line in found]
+    assert quick or name in recipes
+    if "cifar10" in name or "fmnist" in name:
+        assert quick or any(line.startswith(("python ", "bash launchers/local.sh ")) for line in found), "on a CPU"
+
+
 @pytest.mark.parametrize("name", sweep_names())
-def test_sweeps_resolve(name):
-    for _, command, _ in commands(name):
+def test_a_sweeps_commands_start_their_runs(name):
+    outs = set()
+    for row, command, _ in commands(name, ["data.train=/data/my images", "seed=3"]):
         words = shlex.split(command)
-        recipe, settings = words[words.index("--recipe") + 1], [w for w in words if "=" in w]
-        cfg = config.load(recipe, settings, methods.params_of)
-        build_spec(cfg.views)
+        head = config.recipe_path(words[words.index("--recipe") + 1]).read_text()
+        check_command(command, head)
+        assert words[words.index("--data") + 1] == "/data/my images" and words[-1] == "seed=3"
+        assert words[0] != "python", "its recipe asks for several devices"
+        outs.add(words[words.index("--out") + 1])
+        assert f"runs/{name}-{row}" in outs
+    assert len(outs) == len(commands(name))
 
 
 def test_statistics_are_those_of_the_papers_ranks():

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -42,8 +43,12 @@ def whole(shards, tmp_path_factory):
 
 def test_two_ranks_through_the_launcher(shards, whole, tmp_path):
     out = tmp_path / "run"
-    done = launch(2, *settings(shards, out, "moe.ep_size=2"))
+    options = settings(shards, out, "moe.ep_size=2")
+    done = launch(2, *options, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
+    again = json.loads((out / "environment.json").read_text())["command"]  # starts two ranks too, from the beginning
+    words = ["deepspeed", "--num_accelerators", "2", "--module", "moe_cl", "pretrain", *options]
+    assert again == f"DS_ACCELERATOR=cpu {shlex.join(words)}"
     lines = steps(out)
     assert [line["step"] for line in lines] == list(range(1, 7))
     # The same samples as on one rank, and (all-fp32, global statistics) the same losses.
@@ -105,6 +110,20 @@ def test_killed_and_resumed_it_is_the_same_run(shards, whole, tmp_path):
     assert [line["step"] for line in ours] == list(range(1, 7))
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     assert [line["values"]["loss"] for line in ours] == [line["values"]["loss"] for line in theirs], "not bit-equal"
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_the_same_run(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    before, tracked = read(out / "journal.jsonl"), json.loads((out / "mlflow.state.json").read_text())["run_id"]
+    again = launch(0, *settings(shards, out, "moe.ep_size=1", "track.uri=null", "--resume", "schedule.max_steps=2"))
+    assert again.returncode == 0, again.stderr[-2000:]
+    lines = read(out / "journal.jsonl")
+    assert lines[0]["id"] == before[0]["id"] and [line["step"] for line in steps(out)] == [1, 2]
+    (resume,) = [line for line in lines if line.get("name") == "resume"]
+    assert (resume["step"], resume["repeats_to"]) == (0, 6)
+    assert tracked and json.loads((out / "mlflow.state.json").read_text())["run_id"] == tracked
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_is_not_done(shards, whole, tmp_path):

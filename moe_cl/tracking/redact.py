@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 HIDDEN = "***"
@@ -22,13 +22,13 @@ _QUERY = re.compile(
 _HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.I)
 
 
-def _without_user(urls: str) -> str:
+def _without_user(joined: str) -> str:
     """One URL or several (``URL::URL``) without what stands between ``://`` and ``@``.
 
     A password may hold what it should have as %40 or %2F: everything up to the last ``@`` goes, as soon as there is an
     ``@`` before the first slash, or what stands there ends in ``:`` and no port.
     """
-    first, *rest = urls.split("://")
+    first, *rest = joined.split("://")
     out, begun = [first], ""
     for part in rest:
         authority = _AUTHORITY.match(part := begun + part)[0]
@@ -42,11 +42,15 @@ def _without_user(urls: str) -> str:
     return "://".join([*out, begun.removesuffix("://")] if begun else out)
 
 
-def text(value: str) -> str:
-    """``value`` without user:password in URLs, signed query values, authorisation headers and secrets of the
-    environment (variables whose name says PASSWORD, TOKEN, SECRET ...)."""
+def urls(value: str) -> str:
+    """``value`` without user:password in URLs, signed query values and authorisation headers."""
     value = _URLS.sub(lambda found: _without_user(found[0]), value)
-    value = _HEADER.sub(rf"\1 {HIDDEN}", _QUERY.sub(rf"\1{HIDDEN}", value))
+    return _HEADER.sub(rf"\1 {HIDDEN}", _QUERY.sub(rf"\1{HIDDEN}", value))
+
+
+def text(value: str) -> str:
+    """As ``urls``, and without the secrets of the environment (variables whose name says PASSWORD, TOKEN ...)."""
+    value = urls(value)
     for name, secret in os.environ.items():
         if len(secret) >= 6 and name not in _NO_SECRET and (_SECRET_NAME.search(name) or name.endswith("_TOKEN")):
             value = value.replace(secret, HIDDEN)
@@ -80,12 +84,12 @@ def bare(uri: str) -> str:
 class Stream:
     """A text stream that redacts what passes (libraries put URLs into their messages)."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    def __init__(self, stream: Any, by: Callable[[str], str] = text):
+        self._stream, self._by = stream, by
 
     def write(self, value: str) -> int:
         """As a file's."""
-        return self._stream.write(text(value))
+        return self._stream.write(self._by(value))
 
     def writelines(self, values: Iterable[str]) -> None:
         """As a file's."""

@@ -126,3 +126,18 @@ def test_a_schedule_stays_what_it_is(tmp_path, changes, per_epoch, says):
     with pytest.raises(ConfigError) as error:
         checks.check_same_run(cfg, 700, per_epoch)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_begun_run_goes_on_without_a_checkpoint_if_it_is_the_same(tmp_path):
+    cfg = make(data__train="https://me:one@host/x.tar")
+    cfg.out, cfg.resume = str(tmp_path), True
+    assert not checks.begun(cfg)  # nothing is there
+    (tmp_path / "journal.jsonl").write_text("")
+    config.save(make(data__train="https://***@host/x.tar"), tmp_path / "config.yaml")  # as a run keeps it
+    assert checks.begun(cfg)
+    cfg.data.train, cfg.data.workers, cfg.moe.ep_size = "https://me:two@host/x.tar", 7, 2  # not what a run is
+    assert checks.begun(cfg)
+    cfg.optim.base_lr = 1.0
+    assert not checks.begun(cfg)
+    cfg.optim.base_lr, cfg.resume = make().optim.base_lr, False
+    assert not checks.begun(cfg)

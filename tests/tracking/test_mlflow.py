@@ -1,8 +1,8 @@
 """MLflow: everything arrives, once, whatever the server and the run do; the logging call stays fast."""
 
-import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,11 +12,11 @@ import mlflow as library
 import pytest
 
 from moe_cl.config import ConfigError, TrackConfig
-from moe_cl.tracking import mlflow, redact
+from moe_cl.tracking import mlflow
 from moe_cl.tracking.cli import add_arguments
 from moe_cl.tracking.cli import main as track
 from moe_cl.tracking.journal import Journal
-from moe_cl.tracking.sender import load_state
+from moe_cl.tracking.sender import Deleted, load_state
 from tests.pool import free_port
 from tests.tracking.servers import Server, black_hole, broken, slow
 
@@ -41,15 +41,13 @@ def no_address_from_outside(monkeypatch):
 
 
 def log(journal, first, last, pause=0.0):
-    """Steps first..last; returns the processor seconds of each logging call (a busy machine adds to a clock's) and
-    holds each to a time in which it cannot have waited for a server."""
+    """Steps first..last; returns (processor seconds, seconds by the clock) of each logging call."""
     seconds = []
     for step in range(first, last + 1):
         values = {f"loss/part{i}": step / (i + 1) for i in range(20)} | {"loss": 1.0 / step, "moe/L1/load": [0.125] * 8}
-        begin, clock = time.thread_time(), time.monotonic()
+        begin, clock = time.thread_time(), time.perf_counter()
         journal.step(step, values, "0123456789abcdef", cursor=64 * step)
-        seconds.append(time.thread_time() - begin)
-        assert time.monotonic() - clock < 0.5
+        seconds.append((time.thread_time() - begin, time.perf_counter() - clock))
         time.sleep(pause)
     return seconds
 
@@ -58,9 +56,15 @@ def history(uri, run_id, key="loss"):
     return [(m.step, m.value) for m in library.MlflowClient(uri).get_metric_history(run_id, key)]
 
 
-def p99(seconds):
-    """Of the quietest hundred calls: other programs on the machine take the processor away now and then."""
-    return min(sorted(seconds[i : i + 100])[98] for i in range(0, len(seconds) - 99, 100))
+def fast(seconds):
+    """The calls never wait, by the clock, and their work is small, by the processor's. Other programs on the machine
+    take the processor away now and then: a few calls are judged by the quietest run of them."""
+    work, clock = zip(*seconds, strict=True)
+    runs = [slice(i, i + 100) for i in range(0, len(seconds) - 99, 100)]
+    assert min(sorted(work[run])[98] for run in runs) < 0.5e-3
+    assert statistics.median(clock) < 0.5e-3 and max(clock) < 0.5
+    assert min(max(clock[run]) for run in runs) < 5e-3, "a call in a hundred waits"
+    return True
 
 
 def all_points(uri, run_id, last):
@@ -146,7 +150,7 @@ def test_a_server_that_never_works(tmp_path, server, kind):
         begin = time.monotonic()
         assert not handle.stop(3)
         assert time.monotonic() - begin < 6
-        assert p99(seconds) < 0.5e-3
+        assert fast(seconds)
 
     if kind == "refusing":
         run(f"http://127.0.0.1:{free_port()}")
@@ -175,7 +179,7 @@ def test_a_slow_server_whose_answers_come_too_late(tmp_path, server, monkeypatch
         seconds += log(journal, 301, 400)
         journal.close("FINISHED")
         assert handle.stop(PATIENCE)
-        assert p99(seconds) < 0.5e-3 and "time" in (out / "mlflow.log").read_text()
+        assert fast(seconds) and "time" in (out / "mlflow.log").read_text()
     assert all_points(server.uri, handle.run_id, 400)
 
 
@@ -195,7 +199,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path):
         server.ready()
         journal.close("FINISHED")
         assert handle.stop(PATIENCE)
-        assert p99(seconds) < 0.5e-3
+        assert fast(seconds)
         assert all_points(server.uri, handle.run_id, 500)
     finally:
         server.kill()
@@ -256,21 +260,40 @@ def test_signals_of_the_run_do_not_end_the_child(tmp_path):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(numbers)  # this process hears them as before
 
 
-def test_credentials_are_nowhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "swordfish")
-    out = tmp_path / "run"
-    journal = Journal(out / "journal.jsonl")
-    uri = f"http://me:swordfish@127.0.0.1:{free_port()}"
-    handle = mlflow.start(out, TrackConfig(uri=uri), {"note": "swordfish"}, config={"track": {"uri": uri}})
-    log(journal, 1, 5)
+def test_a_run_that_was_deleted_in_mlflow(tmp_path, capsys):
+    """Nothing counts as sent; restored it goes on, or another one gets everything."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    handle = mlflow.start(tmp_path, TrackConfig(uri=None), {"method": "x"}, config={"lr": 0.1})
+    log(journal, 1, 20)
+    journal.close("KILLED")
+    assert handle.stop(PATIENCE, "KILLED")
+    uri, first = f"sqlite:///{tmp_path / 'mlflow.db'}", handle.run_id
+    client = library.MlflowClient(uri)
+    client.delete_run(first)
+    journal = Journal(tmp_path / "journal.jsonl", resume_step=20)
+    log(journal, 21, 40)
     journal.close("FINISHED")
-    deadline = time.monotonic() + PATIENCE
-    while not (out / "mlflow.log").stat().st_size and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not handle.stop(1) and "swordfish" not in handle.shown + handle.open_with
-    assert (out / "mlflow.log").stat().st_size
-    for path in out.rglob("*"):
-        assert path.is_dir() or b"swordfish" not in path.read_bytes(), path
+    begin = time.monotonic()
+    result = mlflow.sync(tmp_path, seconds=PATIENCE)
+    assert not result["done"] and result["sent"] == 0 and time.monotonic() - begin < PATIENCE / 2
+    assert result["error"].startswith(f"the run {first} was deleted in MLflow: restore it there, or start another")
+    assert load_state(tmp_path).high_water["loss"] == 20 and "left out" not in capsys.readouterr().err
+
+    client.restore_run(first)
+    sender = mlflow._sender(tmp_path, uri, live=False)
+    sender._connect()  # and it is deleted between two batches
+    client.delete_run(first)
+    with pytest.raises(Deleted, match="restore it there"):
+        sender.pump()
+    assert load_state(tmp_path).high_water["loss"] == 20 and "left out" not in capsys.readouterr().err
+    client.restore_run(first)
+    assert mlflow.sync(tmp_path)["done"] and all_points(uri, first, 40)
+
+    client.delete_run(first)
+    result = mlflow.sync(tmp_path, new_run=True)
+    assert result["done"] and result["run_id"] != first and all_points(uri, result["run_id"], 40)
+    assert client.get_run(result["run_id"]).data.params["lr"] == "0.1"
+    assert mlflow.sync(tmp_path, new_run=True)["run_id"] == result["run_id"]  # not deleted: it stays
 
 
 def test_journal_only(tmp_path):
@@ -290,12 +313,3 @@ def test_bad_addresses_and_folders_are_one_line(tmp_path):
     add_arguments(parser)
     with pytest.raises(ConfigError, match="track.json is missing"):
         track(parser.parse_args(["sync", str(tmp_path)]))
-
-
-def test_redact():
-    assert redact.text("get https://a:b@h/p?X-Amz-Credential=1&n=2") == "get https://***@h/p?X-Amz-Credential=***&n=2"
-    assert redact.value("s3.secret", "abc") == "***" and redact.value("model.tokens", 3) == 3
-    assert (
-        json.dumps(redact.value("a", {"password": "x", "b": ["u://k:v@h"]}))
-        == '{"password": "***", "b": ["u://***@h"]}'
-    )

@@ -20,6 +20,7 @@ from moe_cl.evals.knn import knn
 from moe_cl.evals.linear import linear_probe
 from moe_cl.evals.record import record, write_json
 from moe_cl.evals.sets import metric_of
+from moe_cl.tracking import redact
 from moe_cl.tracking.tail import read
 from moe_cl.views.spec import NORMALIZE
 
@@ -120,5 +121,5 @@ def run(ctx: Context) -> dict[str, float]:
         setting = ctx.setting("train", "test", k=k, temperature=temperature, **sizes)
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=("", *shown.values()), rows=rows)
         about = {"training": training(ctx.out), "evaluation": setting, "run": config.to_tree(ctx.cfg)}
-        write_json(ctx.out / "summary.json", {**values, "step": ctx.step, "setting": about})
+        write_json(ctx.out / "summary.json", {**values, "step": ctx.step, "setting": redact.value("setting", about)})
     return values

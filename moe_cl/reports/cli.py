@@ -63,7 +63,10 @@ def track(out: Path) -> None:
         return
     try:
         result = mlflow.sync(out, seconds=20.0)
-    except ConfigError:  # the run's own tracker is at work: it sends the files
+    except mlflow.Busy:  # it sends the files
+        return
+    except ConfigError as error:
+        print(f"report: not sent to MLflow: {error}", file=sys.stderr)
         return
     if not result["done"]:
         print(f"report: not sent to MLflow ({result['error']}); python -m moe_cl track sync {out}", file=sys.stderr)

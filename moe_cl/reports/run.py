@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_cl.config import ConfigError, read_yaml
+from moe_cl.tracking import redact
 from moe_cl.tracking.journal import read
 
 
@@ -96,7 +97,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The resolved config; {} if it was not saved."""
         path = self.out / "config.yaml"
-        return read_yaml(path) if path.is_file() else {}
+        return redact.value("config", read_yaml(path)) if path.is_file() else {}  # an older run kept all of it
 
     @cached_property
     def environment(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from moe_cl.reports import build, compare
 from tests.browser import ARTIFACTS, chromium, screenshot
 from tests.reports.made import make_run
 from tests.reports.test_explain import sparse  # noqa: F401 (a fixture)
+from tests import browser
 
 pytestmark = pytest.mark.browser
 
@@ -26,6 +27,29 @@ def console(page):
 
 
 def shown(page):
+@pytest.mark.parametrize(
+    ("environment", "root", "outcome"),
+    [
+        ({"CI": "true"}, False, "Failed"),
+        ({"MOE_CL_CI": "1"}, False, "Failed"),
+        ({}, True, "Failed"),
+        ({}, False, "Skipped"),
+    ],
+)
+def test_ci_does_not_go_without_a_browser(monkeypatch, environment, root, outcome):
+    for name in ("CI", "MOE_CL_CI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(browser, "find", lambda: None)
+    monkeypatch.setattr(browser, "install", lambda: False)
+    monkeypatch.setattr(browser.os, "geteuid", lambda: 0 if root else 1000)
+    monkeypatch.setattr(browser.shutil, "which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(BaseException) as caught, chromium():  # pytest's outcomes are no Exceptions
+        pass
+    assert type(caught.value).__name__ == outcome and "chromium" in str(caught.value)
+
+
     """Figures that take room on the page."""
     return page.execute_script(
         "return [...document.querySelectorAll('svg.plot')].filter(s => { const b = s.getBoundingClientRect();"

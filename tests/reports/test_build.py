@@ -112,3 +112,13 @@ def test_evenness_and_thinning():
     assert len(few) == 1 and curves.one(curves.Chart("c", "C", "u"), []) == []
     smooth = curves.running_mean(np.array([1.0, np.nan, 3.0] * 50))
     assert np.isfinite(smooth).all() and abs(smooth.mean() - 2) < 0.1
+@pytest.mark.parametrize("name", ["environment.json", "summary.json", "config.yaml"])
+@pytest.mark.parametrize("text", ['{"a": "b', "[1]"])
+def test_a_torn_file_is_one_line(tmp_path, name, text):
+    Journal(tmp_path / "journal.jsonl").close()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        getattr(Run.load(tmp_path), name.partition(".")[0])
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+

@@ -6,24 +6,30 @@ import fnmatch
 import json
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+PLAIN = {".md", ".txt"}  # what may lie beside golden files
+
 
 class Golden(Mapping[str, Any]):
-    """Arrays (or JSON values) of one file by name; remembers what was asked for."""
+    """Arrays (or JSON values) of one file by name; remembers which were read."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._arrays = json.loads(path.read_text()) if path.suffix == ".json" else np.load(path, allow_pickle=False)
-        self.names = list(self._arrays)
-        self._known, self.used = set(self.names), set()
+        if path.suffix == ".json":
+            self._arrays: Mapping[str, Any] = json.loads(path.read_text())
+        else:
+            with np.load(path, allow_pickle=False) as z:
+                self._arrays = dict(z)
+        self.names, self.used = list(self._arrays), set()
 
     def __getitem__(self, name: str) -> Any:
         value = self._arrays[name]
@@ -37,11 +43,11 @@ class Golden(Mapping[str, Any]):
         return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known
+        return name in self._arrays
 
-    def under(self, prefix: str) -> dict[str, Any]:
-        """All arrays whose name starts with ``prefix``, without it; they count as used."""
-        return {k.removeprefix(prefix): self[k] for k in self if k.startswith(prefix)}
+    def under(self, prefix: str) -> Part:
+        """The arrays whose name starts with ``prefix``, by the rest of it."""
+        return Part(self, prefix)
 
     def cases(self, pattern: str) -> list[str]:
         """Distinct values of the first group of ``pattern`` over all names, in order."""
@@ -53,13 +59,32 @@ class Golden(Mapping[str, Any]):
         out = torch.from_numpy(np.array(self[name]))
         return out if dtype is None else out.to(dtype)
 
-    def sibling(self, name: str) -> Golden:
-        """Another file of the same folder."""
-        return Golden(self.path.with_name(f"{name}.npz"))
+    def sibling(self, name: str, end: str) -> Golden:
+        """File ``name`` of the same folder: the one with this file's ``end`` if there is one."""
+        for path in (self.path.with_name(f"{name}{end}.npz"), self.path.with_name(f"{name}.npz")):
+            if path.exists():
+                return type(self)(path)
+        raise FileNotFoundError(f"{self.path.name} holds results on the arrays of {name}.npz: put that file beside it")
 
-    def skip(self, *names: str) -> None:
-        """Inputs of the published run that nothing is computed from here."""
-        self.used.update(n for n in names if n in self)
+
+class Part(Mapping[str, Any]):
+    """Arrays of a file below a prefix. Only what is read counts as used: an array that nobody asks for is reported."""
+
+    def __init__(self, whole: Golden, prefix: str):
+        self._whole, self._prefix = whole, prefix
+        self._names = [n.removeprefix(prefix) for n in whole if n.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._whole[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._whole
 
 
 @dataclass
@@ -81,10 +106,35 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows of one file."""
+    """Rows of one file; ``assumed``: what the file does not say and the specification does."""
 
     file: str
     rows: list[Row] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def assume(self, z: Mapping[str, Any], name: str, default: T) -> T:
+        """The file's ``name``; where it has none the specification's value, and every row of the file says so."""
+        if name in z:
+            return type(default)(np.asarray(z[name]).item())
+        self.suppose(f"{name} {default:g}")
+        return default
+
+    def suppose(self, what: str) -> None:
+        """Rows of this file carry ``what``: the file does not say it."""
+        if what not in self.assumed:
+            self.assumed.append(what)
+
+    def fit(self, name: str, candidates: Sequence[T], error: Callable[[T], float], good: float) -> T:
+        """What no array says but the arrays decide: the first of ``candidates`` with an error below ``good``, or the
+        one with the least. The specification's value comes first."""
+        best, least = candidates[0], np.inf
+        for candidate in candidates:
+            if (off := error(candidate)) < least:
+                best, least = candidate, off
+            if least < good:
+                break
+        self.suppose(f"{name} {best:g} fits")
+        return best
 
     def close(
         self,
@@ -135,36 +185,60 @@ class Report:
         self.rows.append(worst)
 
 
-Check = Callable[[Golden, Report], None]
+class Check(NamedTuple):
+    """``run`` compares one file; ``form``: patterns each of which the name of some array of such a file matches."""
+
+    run: Callable[[Golden, Report], None]
+    form: tuple[str, ...]
+
+
+def find(golden: Golden, checks: Mapping[str, Check]) -> Check | None:
+    """The check for a file: by the names of its arrays; failing that by its own name, as far as it is a check's."""
+    for check in checks.values():
+        if all(any(re.search(pattern, name) for name in golden) for pattern in check.form):
+            return check
+    names = [name for name in checks if golden.path.stem.startswith(name)]
+    return checks[max(names, key=len)] if names else None
 
 
 def run(folder: Path, checks: Mapping[str, Check], only: str = "*") -> list[Row]:
-    """All rows of the files in ``folder``; a file or an array that no check used is a row that fails.
+    """All rows of the files in ``folder`` and below; a file or an array that no check used is a row that fails.
 
     ``only``: FILE or FILE/CASE, each a glob or a part of the name.
     """
     rows: list[Row] = []
     of_file, _, of_case = only.partition("/")
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".npz", ".json"):
-            continue
-        if not _fits(path.stem, of_file):
-            continue
-        report = Report(path.stem)
-        golden = Golden(path)
-        check = next((fn for name, fn in checks.items() if fnmatch.fnmatch(path.stem, name)), None)
-        if check is None:
-            report.rows.append(Row(path.stem, "-", "file", np.inf, 0.0, "no check knows this file"))
-        else:
-            try:
-                check(golden, report)
-            except Exception:
-                report.rows.append(Row(path.stem, "-", "run", np.inf, 0.0, traceback.format_exc(limit=-3)))
-            for name in golden:
-                if name not in golden.used:
-                    report.rows.append(Row(path.stem, name, "array", np.inf, 0.0, "was not compared"))
-        rows += [r for r in report.rows if _fits(r.case, of_case)]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        label = path.relative_to(folder).with_suffix("").as_posix()
+        if _fits(path.stem, of_file):
+            rows += [r for r in rows_of(path, label, checks) if _fits(r.case, of_case)]
     return rows
+
+
+def rows_of(path: Path, label: str, checks: Mapping[str, Check]) -> list[Row]:
+    """The comparisons of one file."""
+    if path.suffix in PLAIN:
+        return [Row(label, "-", "file", 0.0, 0.0, f"{path.name} is text: nothing to compare")]
+    if path.suffix not in (".npz", ".json"):
+        return [Row(label, "-", "file", np.inf, 0.0, f"{path.name} is neither .npz nor .json: not compared")]
+    report = Report(label)
+    try:
+        golden = Golden(path)
+    except Exception as error:
+        return [Row(label, "-", "file", np.inf, 0.0, f"{path.name} cannot be read: {error}")]
+    check = find(golden, checks)
+    if check is None:
+        return [Row(label, "-", "file", np.inf, 0.0, "no check knows this file")]
+    try:
+        check.run(golden, report)
+    except Exception:
+        report.rows.append(Row(label, "-", "run", np.inf, 0.0, traceback.format_exc(limit=-3)))
+    if report.assumed:
+        said = "the file does not say: " + ", ".join(report.assumed)
+        for row in report.rows:
+            row.note = f"{row.note}; {said}" if row.note else said
+    unused = [name for name in golden if name not in golden.used]
+    return report.rows + [Row(label, name, "array", np.inf, 0.0, "was not compared") for name in unused]
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_cl.config import ConfigError, MoEConfig
+from moe_cl.engine.flat import FlatView
 from moe_cl.moe.experts import SparseMLP
 
 WORLD, STEPS, EXPERTS, DIM = 4, 3, 8, 12
@@ -107,7 +108,8 @@ def whole(net, comm):
 
 
 def through_the_engine(comm, stage, ep, strided):
-    """Parameters before, after each of three SGD steps, on every rank; and the routing's idle experts."""
+    """Parameters before and after each of three SGD steps, and this rank's pieces of the first reduced gradient: name,
+    place in the whole tensor, values."""
     import deepspeed
     from deepspeed.utils import groups
 
@@ -127,42 +129,50 @@ def through_the_engine(comm, stage, ep, strided):
         "use_data_before_expert_parallelism": strided,
     }
     engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(optimized, lr=0.1), config=config)
-    states = [whole(net, comm)]
+    states, pieces, view = [whole(net, comm)], [], FlatView(net, engine.optimizer, comm)
     for batch in samples():
         loss = engine(batch[comm.rank * 8 // comm.world : (comm.rank + 1) * 8 // comm.world])
         engine.backward(loss)
+        for f in view.fragments if len(states) == 1 else ():
+            pieces.append((f.name, f.place.start + f.start, view.gradient(f).detach().clone().flatten()))
         engine.step()
         states.append(whole(net, comm))
-    return states
+    return states, pieces
 
 
 def alone():
-    """The same three steps in one process, without an engine."""
+    """The same three steps in one process, without an engine; and the first gradient by name."""
     net = Net(lambda dim, layer, moe: SparseMLP(dim, moe, layer, seed=3), moe_config(1))
     states = [whole(net, None)]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    gradients = {}
     for batch in samples():
         optimizer.zero_grad()
         net(batch).backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in net.named_parameters()}
         optimizer.step()
         states.append(whole(net, None))
-    return states
+    return states, gradients
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("ep", "strided"), [(1, False), (2, False), (2, True), (4, False)])
 def test_every_zero_stage_gives_the_gradients_of_one_process(pool, ep, strided):
-    """Each expert's gradient (the first step's movement) and movement by name; idle experts stay where they are."""
-    want = alone()
+    """Each expert's gradient and movement by name; idle experts stay where they are."""
+    want, gradients = alone()
     assert torch.equal(want[0]["moe.0.experts.w1"][0], want[-1]["moe.0.experts.w1"][0])  # the idle expert
     by_stage = [pool.run(WORLD, through_the_engine, stage, ep, strided) for stage in (0, 1, 2)]
     for ranks in by_stage:
-        for states in ranks:
+        held = {name: torch.zeros(g.numel()) for name, g in gradients.items()}
+        for name, start, got in (piece for _, pieces in ranks for piece in pieces):
+            gradient, part = gradients[name].flatten(), slice(start, start + len(got))
+            scale = 2e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(got, gradient[part], rtol=0, atol=scale, msg=f"gradient of {name}")
+            held[name][part] += 1
+        assert all(bool(count.all()) for count in held.values()), "a part of a gradient is nowhere"
+        for states, _ in ranks:
             for name, start in want[0].items():
                 torch.testing.assert_close(states[0][name], start, rtol=0, atol=0, msg=f"initial {name}")
-                gradient, got = start - want[1][name], start - states[1][name]
-                scale = float(gradient.abs().max())
-                torch.testing.assert_close(got, gradient, rtol=0, atol=2e-5 * scale + 1e-7, msg=f"gradient of {name}")
                 torch.testing.assert_close(states[-1][name], want[-1][name], rtol=0, atol=1e-6, msg=name)
                 if ".experts." in name:
                     still = want[-1][name].sub(start).flatten(1).abs().amax(1) == 0
@@ -170,8 +180,8 @@ def test_every_zero_stage_gives_the_gradients_of_one_process(pool, ep, strided):
                     assert torch.equal(moved, ~still), f"{name}: experts {moved} moved, but {~still} should"
     for states in by_stage[1:]:
         for rank in range(WORLD):
-            for name, value in states[rank][-1].items():
-                torch.testing.assert_close(value, by_stage[0][rank][-1][name], rtol=0, atol=1e-7, msg=name)
+            for name, value in states[rank][0][-1].items():
+                torch.testing.assert_close(value, by_stage[0][rank][0][-1][name], rtol=0, atol=1e-7, msg=name)
 
 
 def teacher_groups(comm):

@@ -60,7 +60,7 @@ say "Evaluation"
 if [ "$out/summary.json" -nt "$out/checkpoints/latest" ]; then
   echo "$out/summary.json is there already"
 else
-  python -m moe_cl eval summary --checkpoint "$out"
+  python -m moe_cl eval summary --checkpoint "$out" --which teacher
 fi
 
 say "Report"

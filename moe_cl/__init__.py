@@ -23,7 +23,8 @@ def load(path: str | PathLike[str], which: str = "auto", device: str = "cpu") ->
 
     Args:
         path: a run's out directory, one of its checkpoints, or a folder that ``export`` or ``import`` wrote.
-        which: of a run: ``teacher``, ``student`` or ``auto`` (the teacher where there is one).
+        which: of a run: ``teacher``, ``student`` or ``auto`` (what the method's authors evaluate: EsViT's teacher, the
+            student of the others).
         device: where it goes.
 
     Raises:

@@ -38,8 +38,8 @@ class Built:
 
     @property
     def evaluated(self) -> Encoder:
-        """What is measured: the teacher where there is one."""
-        return self.parts.teacher.module if self.parts.teacher is not None else self.parts.student
+        """What is measured during training: the side that the method's authors measure."""
+        return self.parts.teacher.module if self.parts.method.evaluated == "teacher" else self.parts.student
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     protocols = parser.add_subparsers(dest="protocol", metavar="PROTOCOL", required=True)
     for name, module in PROTOCOLS.items():
         loaded = importlib.import_module(module)
-        sub = protocols.add_parser(name, help=loaded.HELP, description=loaded.HELP)
+        sub = protocols.add_parser(name, help=loaded.HELP.replace("%", "%%"), description=loaded.HELP)
         context.add_arguments(sub)
         loaded.add_arguments(sub)
 
@@ -39,5 +39,7 @@ def main(args: argparse.Namespace) -> int:
 
     me = ranks.from_environment()
     comm = ranks.init(me, timeout=3600.0) if me.world > 1 else LocalComm()
-    importlib.import_module(PROTOCOLS[args.protocol]).run(context.Context(args, comm))
+    ctx = context.Context(args, comm)
+    ctx.check()
+    importlib.import_module(PROTOCOLS[args.protocol]).run(ctx)
     return 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_cl.arguments import whole
 from moe_cl.config import ConfigError
-from moe_cl.evals.features import extract
+from moe_cl.evals.features import depth, extract
 from moe_cl.evals.pairs import mirror_index, mirrored
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def run(ctx: Context) -> dict[str, Any]:
     from moe_cl.evals.record import record
 
     args, backbone = ctx.args, ctx.backbone
-    blocks = args.attention if hasattr(backbone, "attention") else []
+    blocks, there = args.attention if hasattr(backbone, "attention") else [], depth(backbone)
+    if wrong := [b for b in blocks if not -there <= b < there]:
+        raise ConfigError(f"--attention {wrong[0]}: the encoder has {there} blocks, 0 to {there - 1} or -{there} to -1")
 
     def measure(images: Tensor) -> Tensor:
         first, second = images.to(ctx.device).unbind(1)

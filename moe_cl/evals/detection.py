@@ -11,12 +11,9 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import statistics
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +24,7 @@ from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm, mean_gradients
 from moe_cl.config import ConfigError
 from moe_cl.counting import counted
-from moe_cl.evals.sets import VOC_CLASSES
+from moe_cl.evals.coco import CocoImages
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
@@ -64,97 +61,6 @@ SCHEDULES = {
     "coco_2x": Schedule(180_000, (120_000, 160_000)),
     "voc_24k": Schedule(24_000, (18_000, 22_000), 100, min_sizes=_VOC_SIZES),
 }
-
-
-class CocoImages(torch.utils.data.Dataset):
-    """Images of an annotation file as (tensor in [0, 1], target of torchvision's detectors); crowds are left out."""
-
-    def __init__(self, folder: str | Path, annotations: str | Path):
-        name = str(annotations)
-        if name.startswith("voc:"):
-            annotations = voc_to_coco(folder, *(tuple(s.split(":")) for s in name.removeprefix("voc:").split("+")))
-        self.folder, self.coco = Path(folder), load_coco(annotations)
-        self.ids = sorted(self.coco.imgs)
-        categories = sorted(self.coco.cats)
-        self.class_of = {c: i + 1 for i, c in enumerate(categories)}  # 0 is the background
-        self.category_of = {i: c for c, i in self.class_of.items()}
-        self.keypoints = max(len(c.get("keypoints", ())) for c in self.coco.cats.values()) or 17
-
-    def trainable(self) -> list[int]:
-        """Indices of images with at least one box."""
-        return [i for i, image in enumerate(self.ids) if self._annotations(image)]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _annotations(self, image: int) -> list[dict[str, Any]]:
-        found = self.coco.loadAnns(self.coco.getAnnIds(image))
-        return [a for a in found if not a.get("iscrowd") and a["bbox"][2] > 1 and a["bbox"][3] > 1]
-
-    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        from PIL import Image
-
-        image_id = self.ids[i]
-        path = self.folder / self.coco.imgs[image_id]["file_name"]
-        with Image.open(path) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255.0
-        things = self._annotations(image_id)
-        boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        target = {
-            "boxes": boxes,
-            "labels": torch.tensor([self.class_of[a["category_id"]] for a in things], dtype=torch.int64),
-            "image_id": torch.tensor(image_id),
-        }
-        if things and all(a.get("segmentation") for a in things):
-            masks = np.stack([self.coco.annToMask(a) for a in things])
-            target["masks"] = torch.from_numpy(masks)
-        if things and all("keypoints" in a for a in things):
-            points = torch.tensor([a["keypoints"] for a in things], dtype=torch.float32)
-            target["keypoints"] = points.view(len(things), -1, 3)
-        return pixels, target
-
-
-def load_coco(annotations: str | Path | dict[str, Any]) -> Any:
-    """pycocotools' index of a file (or of the parsed JSON), quietly. Raises ConfigError."""
-    from pycocotools.coco import COCO
-
-    try:
-        tree = annotations if isinstance(annotations, dict) else json.loads(Path(annotations).read_text())
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO()
-            coco.dataset = tree
-            coco.createIndex()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{annotations}: not COCO annotations ({' '.join(str(error).split())[:100]})") from None
-    if not coco.imgs or not coco.cats:
-        raise ConfigError(f"{annotations}: no images or no categories in it")
-    return coco
-
-
-def voc_to_coco(root: str | Path, *splits: tuple[str, str]) -> dict[str, Any]:
-    """COCO's JSON of PASCAL VOC: ``root/VOC2007`` ..., splits such as ("2007", "trainval"); difficult = crowd."""
-    images: list[dict[str, Any]] = []
-    things: list[dict[str, Any]] = []
-    for year, split in splits:
-        folder = Path(root) / f"VOC{year}"
-        listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-        if not listed.is_file():
-            raise ConfigError(f"{listed} is missing; give the VOCdevkit folder")
-        for name in listed.read_text().split():
-            tree = ElementTree.parse(folder / "Annotations" / f"{name}.xml")
-            size = {k: int(tree.findtext(f"size/{k}")) for k in ("width", "height")}
-            images.append({"id": len(images) + 1, "file_name": f"VOC{year}/JPEGImages/{name}.jpg", **size})
-            for thing in tree.iter("object"):
-                x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
-                box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]  # VOC counts pixels from 1, ends included
-                things.append({
-                    "id": len(things) + 1, "image_id": images[-1]["id"], "bbox": box, "area": box[2] * box[3],
-                    "category_id": VOC_CLASSES.index(thing.findtext("name")) + 1,
-                    "iscrowd": int(thing.findtext("difficult") or 0),
-                })  # fmt: skip
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(VOC_CLASSES)]
-    return {"images": images, "annotations": things, "categories": categories}
 
 
 def batches(data: CocoImages, schedule: Schedule, seed: int, comm: Comm) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -305,6 +211,7 @@ def run(ctx: Context) -> dict[str, float]:
 
     from moe_cl.evals.context import DTYPES
     from moe_cl.evals.detectors import build_detector, precise_norms
+    from moe_cl.evals.features import opened
     from moe_cl.evals.record import record
 
     args, comm = ctx.args, ctx.comm
@@ -318,8 +225,7 @@ def run(ctx: Context) -> dict[str, float]:
     schedule = replace(schedule, lr=args.lr or schedule.lr, min_sizes=tuple(args.min_size or schedule.min_sizes))
     if args.train_batch % comm.world:
         raise ConfigError(f"--train-batch {args.train_batch} must be a multiple of the {comm.world} ranks")
-    data = CocoImages(args.images, args.annotations)
-    test = CocoImages(args.test_images or args.images, args.test_annotations)
+    data, test = opened(lambda: _sets(args), comm)
     longest = round(max(schedule.min_sizes) * 1333 / 800)
     trials: list[dict[str, float]] = []
     for trial in range(args.trials):
@@ -340,6 +246,19 @@ def run(ctx: Context) -> dict[str, float]:
         columns = ("figure", f"mean of {args.trials}", "min", "max")
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more={"trials": trials})
     return values
+
+
+def _sets(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
+    """Training and test images, checked for the detector. Raises ConfigError."""
+    data = CocoImages(args.images, args.annotations)
+    test = CocoImages(args.test_images or args.images, args.test_annotations)
+    for part in (data, test):
+        part.check(args.detector)
+    if sorted(data.coco.cats) != sorted(test.coco.cats):
+        raise ConfigError(f"{test.name} has other categories than {data.name}; give annotations of the same classes")
+    if not data.trainable():
+        raise ConfigError(f"{data.name}: no training image has a box")
+    return data, test
 
 
 def _moved(batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: torch.device) -> tuple[list[Any], list[Any]]:

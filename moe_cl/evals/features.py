@@ -135,4 +135,23 @@ def fingerprint(module: nn.Module) -> dict[str, Tensor]:
 def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
     """Names whose values are not bit-equal to ``fingerprint``'s (the check that a probe left its backbone alone)."""
     state = module.state_dict()
-    return [name for name, value in before.items() if not torch.equal(value, state[name])]
+    return [name for name, value in before.items() if not torch.equal(_bits(value), _bits(state[name]))]
+
+
+def _bits(value: Tensor) -> Tensor:
+    """A tensor's bytes: a NaN equals itself, -0 is not 0."""
+    return value.detach().contiguous().flatten().view(torch.uint8)
+
+
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of parameters and floating buffers that hold a NaN or an infinity."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [name for name, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+
+
+def depth(backbone: nn.Module) -> int:
+    """How many blocks (of a ResNet: stages) ``last_features`` can take."""
+    if hasattr(backbone, "blocks"):
+        return len(backbone.blocks)
+    stages = getattr(backbone, "layers", None)
+    return 4 if stages is None else sum(len(stage.blocks) for stage in stages)

@@ -97,6 +97,10 @@ def few_shot(
 
     comm = comm or LocalComm()
     classes = int(max(train_y.max(), test_y.max())) + 1
+    for n in shots:  # before any rank is at work, so that none waits for one that has left
+        draw(train_y, n, 0)
+    if "logistic" in methods and len(train_y.unique()) < 2:
+        raise ConfigError("logistic regression needs training images of two classes at least; give --methods ridge")
     jobs = [(n, m, s) for n in shots for m in methods for s in range(seeds)]
     right = torch.zeros(len(jobs), 2, dtype=torch.float64, device=train_x.device)
     mine = range(comm.rank, len(jobs), comm.world)

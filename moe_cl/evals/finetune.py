@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from moe_cl import rng
 from moe_cl.arguments import real, whole
@@ -30,6 +30,8 @@ from moe_cl.comm import mean_gradients
 from moe_cl.config import ConfigError
 from moe_cl.counting import counted
 from moe_cl.data.faults import IN_A_ROW, SampleFault, TooManyFaults
+from moe_cl.engine.optim import matrix
+from moe_cl.evals import subset
 from moe_cl.evals.sets import picture
 from moe_cl.models.backbone import set_drop_path
 from moe_cl.views.spec import NORMALIZE
@@ -171,6 +173,19 @@ class Classifier(nn.Module):
         return self.head(x if self.first is None else self.first(x))
 
 
+# What DeiT's and Swin's ``no_weight_decay`` names, beside biases and norms.
+UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices (an expert of a stack counted alone) decay; vectors and ``UNDECAYED`` do not."""
+    decayed, other = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if matrix(name, p) and not name.endswith(UNDECAYED) else other).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
+
+
 def train(
     model: Classifier, images: Dataset, chosen: np.ndarray, classes: int, recipe: Recipe, ctx: Context
 ) -> list[float]:
@@ -181,10 +196,7 @@ def train(
 
     comm, args = ctx.comm, ctx.args
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    optimizer = torch.optim.AdamW(groups(model, recipe.weight_decay), lr=0.0)
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
@@ -215,54 +227,31 @@ def train(
     return losses
 
 
-def part_of(labels: np.ndarray, fraction: float | None, listed: str | None, seed: int) -> np.ndarray:
-    """Indices of the training images: all, a fraction of every class (one at least), or those of a file.
-
-    ``listed``: .npy of indices, or text with one index a line. Raises ConfigError for a file that does not fit.
-    """
-    if listed:
-        path = Path(listed)
-        try:
-            npy = path.suffix == ".npy"
-            index = np.load(path, allow_pickle=False) if npy else np.loadtxt(path, dtype=np.int64, ndmin=1)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--list {listed}: {' '.join(str(error).split())[:120]}") from None
-        index = index.astype(np.int64).ravel()
-        if not len(index) or index.min() < 0 or index.max() >= len(labels):
-            raise ConfigError(f"--list {listed}: indices must lie between 0 and {len(labels) - 1}")
-        return index
-    if fraction is None:
-        return np.arange(len(labels))
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"--fraction {fraction}: give a part between 0 and 1, for example 0.01")
-    generator, kept = np.random.default_rng(seed), []
-    for c in np.unique(labels):
-        index = generator.permutation(np.nonzero(labels == c)[0])
-        kept.append(index[: max(1, round(fraction * len(index)))])
-    return np.sort(np.concatenate(kept))
-
-
 HELP = "fine-tune end to end with DeiT's recipe; 1 % and 10 % of the labels, or transfer presets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval finetune``."""
     parser.add_argument("--preset", choices=tuple(PRESETS), default="deit", help="default: deit")
-    for name, kind in (("epochs", int), ("base-lr", float), ("weight-decay", float), ("drop-path", float)):
+    ranges = {
+        "epochs": whole(1),
+        "base-lr": real(above=0),
+        "weight-decay": real(low=0),
+        "drop-path": real(low=0, below=1),
+    }
+    for name, kind in ranges.items():
         parser.add_argument(f"--{name}", type=kind, help="instead of the preset's")
     parser.add_argument("--train-batch", type=whole(1), help="global batch instead of the preset's")
     parser.add_argument("--repeats", type=whole(1), help="repeated augmentation instead of the preset's")
-    parser.add_argument(
-        "--fraction", type=real(above=0, high=1), help="part of every class, drawn by --seed: 0.01, 0.1"
-    )
-    parser.add_argument("--list", dest="listed", help="file of training indices (.npy, or one a line)")
+    subset.add_arguments(parser)
     parser.add_argument("--first-layer", action="store_true", help="keep the projector's first layer before the head")
 
 
 def run(ctx: Context) -> dict[str, Any]:
     """Table and JSON of ``eval finetune``."""
     from moe_cl.evals import sets
-    from moe_cl.evals.features import extract, frozen
+    from moe_cl.evals.classes import class_names, places
+    from moe_cl.evals.features import frozen
     from moe_cl.evals.metrics import metric
     from moe_cl.evals.record import record
 
@@ -274,22 +263,20 @@ def run(ctx: Context) -> dict[str, Any]:
     }  # fmt: skip
     recipe = replace(PRESETS[args.preset], **{k: v for k, v in asked.items() if v is not None})
     images = sets.images_of(ctx.source(True), True, ctx.size)
-    labels = np.array(_labels(images))
-    chosen = part_of(labels, args.fraction, args.listed, args.seed)
-    if (labels[chosen] < 0).all():
-        raise ConfigError(f"{ctx.source(True)}: none of the chosen training images has a label")
-    chosen = chosen[labels[chosen] >= 0]
-    classes = int(labels.max()) + 1
+    chosen = subset.chosen(images, args.fraction, args.listed, args.seed)
+    classes = 1 + max(subset.labels_of(images))
+    ctx.class_names[ctx.source(True)] = names = class_names(images)
+    places(names, getattr(ctx.loader(False), "class_names", None) or ())  # refused before the training, not after it
     if min(recipe.batch, len(chosen)) < ctx.comm.world:
         raise ConfigError(f"{len(chosen)} training images are fewer than the {ctx.comm.world} ranks")
-    first = _first_layer(Path(args.checkpoint), args.which) if args.first_layer else None
+    first = _first_layer(Path(args.checkpoint), ctx.which) if args.first_layer else None
     torch.manual_seed(args.seed)
     model = Classifier(ctx.backbone, classes, first).to(ctx.device).train()
     model.requires_grad_(True)
     set_drop_path(model.backbone, recipe.drop_path)
     losses = train(model, images, chosen, classes, recipe, ctx)
     with frozen(model):
-        scores, truth = extract(lambda x: model(x.to(ctx.device)), ctx.loader(False), ctx.comm)
+        scores, truth = ctx.features(False, lambda x: model(x.to(ctx.device)), what="test images")
     best = scores.topk(min(5, classes), 1).indices == truth[:, None]
     values = {
         "top1": float(best[:, 0].float().mean()), "top5": float(best.any(1).float().mean()), "train_loss": losses[-1],
@@ -315,21 +302,7 @@ def _first_layer(checkpoint: Path, which: str) -> Tensor:
 
     path = checkpoint_of(checkpoint)
     reader = Reader(path)
-    sides = ("teacher", "student") if which == "auto" else (which,)
-    for name in (f"{side}/heads.{head}.0.weight" for side in sides for head in ("projector", "fc")):
+    for name in (f"{which}/heads.{head}.0.weight" for head in ("projector", "fc")):
         if name in reader.manifest.tensors:
             return reader.tensor(name)
     raise ConfigError(f"--first-layer: {path.name} has no projector")
-
-
-def _labels(images: Dataset) -> list[int]:
-    """Labels without decoding where the set knows them."""
-    if isinstance(images, Subset):
-        whole = _labels(images.dataset)
-        return [whole[i] for i in images.indices]
-    if isinstance(images, ConcatDataset):
-        return [label for part in images.datasets for label in _labels(part)]
-    for name in ("targets", "labels", "_labels"):
-        if (known := getattr(images, name, None)) is not None:
-            return [int(label) for label in known]
-    return [int(images[i][1]) for i in range(len(images))]

@@ -123,10 +123,12 @@ def run(ctx: Context) -> dict[str, float]:
     with ctx.untouched():
         bank, test = ctx.features(True), ctx.features(False)
     classes, name = class_count(bank[1], test[1]), metric_of(ctx.source(False))
+    if max(ks) > len(bank[1]) and ctx.comm.rank == 0:
+        print(f"k {max(ks)} is more than the {len(bank[1])} images of the bank: there all of them vote")
     values = knn(*bank, *test, classes, ks, temperature, comm=ctx.comm, name=name)
     if ctx.comm.rank == 0:
         shown = {"top1": "top-1", "top5": "top-5"} | ({name: name} if name == "per_class" else {})
         rows = [[k, *(values[f"k{k}/{figure}"] for figure in shown)] for k in sorted(ks)]
-        setting = ctx.setting("train", "test", k=ks, temperature=temperature)
+        setting = ctx.setting("train", "test", k=ks, temperature=temperature, bank=len(bank[1]))
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=("k", *shown.values()), rows=rows)
     return values

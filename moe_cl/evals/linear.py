@@ -15,6 +15,7 @@ from moe_cl.arguments import real, whole
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError
 from moe_cl.counting import counted
+from moe_cl.evals import subset
 from moe_cl.evals.sweep import PROTOCOLS, Protocol, Sweep, per_class, split
 
 if TYPE_CHECKING:
@@ -81,17 +82,26 @@ def linear_probe(
         best = int(accuracy[:, 0].argmax())
         out = _result(accuracy[best], sweep.settings[best], None, "best on test (as published)")
         return out | _more(name, sweep, best, test_x, test_y)
-    best_setting, held_top1 = (protocol.lrs[0], protocol.weight_decays[0]), None
+    best_setting, held_top1, how = (protocol.lrs[0], protocol.weight_decays[0]), None, "no choice to make"
     if len(protocol.lrs) * len(protocol.weight_decays) > 1:
-        fit, held = (i.to(train_x.device) for i in split(train_y, held_out, seed))
+        fit, held, how = _parts(train_y, held_out, seed)
         sweep = train_sweep(protocol, train_x[fit], train_y[fit], classes, seed=seed, comm=comm)
         accuracy = sweep.correct(train_x[held], train_y[held]) / len(held)
         best = int(accuracy[:, 0].argmax())
         best_setting, held_top1 = sweep.settings[best], float(accuracy[best, 0])
     one = replace(protocol, lrs=best_setting[:1], weight_decays=best_setting[1:])
     final = train_sweep(one, train_x, train_y, classes, seed=seed, comm=comm)
-    out = _result(final.correct(test_x, test_y)[0] / len(test_x), best_setting, held_top1, "held out of training")
+    out = _result(final.correct(test_x, test_y)[0] / len(test_x), best_setting, held_top1, how)
     return out | _more(name, final, 0, test_x, test_y)
+
+
+def _parts(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor, str]:
+    """Indices that a sweep trains on, those that choose, and what the table says of the choice.
+
+    With one image a class nothing can be held out: then the training images choose, and the table says that.
+    """
+    fit, held = (i.to(labels.device) for i in split(labels, held_out, seed))
+    return (fit, held, "held out of training") if len(held) else (fit, fit, "on the training images: one a class")
 
 
 def _result(
@@ -112,13 +122,14 @@ HELP = "linear probe on frozen features: MoCo's, MoCo v3's, EsViT's and CR-MoE's
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``eval linear``."""
-    parser.add_argument("--protocol", dest="recipe", choices=tuple(PROTOCOLS), default="fast", help="default: fast")
+    parser.add_argument("--protocol", dest="probe", choices=tuple(PROTOCOLS), default="fast", help="default: fast")
     parser.add_argument("--epochs", type=whole(1), help="instead of the protocol's")
     parser.add_argument("--lr", type=real(above=0), nargs="+", help="rates of the sweep instead of the protocol's")
     parser.add_argument("--probe-batch", type=whole(1), help="images a step of the probe instead of the protocol's")
     parser.add_argument("--blocks", type=whole(1), help="features of the last blocks instead of the protocol's")
     parser.add_argument("--patches", action="store_true", help="with the mean patch token beside the class token")
     parser.add_argument("--no-augment", action="store_true", help="plain views: features are computed once")
+    subset.add_arguments(parser)
     parser.add_argument(
         "--held-out", type=real(low=0, below=1), default=0.1, help="part of the training set that chooses the head"
     )
@@ -134,7 +145,7 @@ def run(ctx: Context) -> dict[str, Any]:
     from moe_cl.evals.sets import metric_of
 
     ctx.one_label()
-    args, protocol = ctx.args, PROTOCOLS[ctx.args.recipe]
+    args, protocol = ctx.args, PROTOCOLS[ctx.args.probe]
     asked = {
         "epochs": args.epochs,
         "least_steps": 0 if args.epochs else None,
@@ -164,8 +175,10 @@ def run(ctx: Context) -> dict[str, Any]:
             )
     if ctx.comm.rank == 0:
         figures = {k: v for k, v in out.items() if isinstance(v, float)}
-        setting = ctx.setting("train", "test", sweep=asdict(protocol.on(len(train[1]))), classes=classes)
-        shown = {"protocol": args.recipe, "lr": out["lr"], "top-1": out["top1"], "top-5": out["top5"]}
+        images = len(train[1])
+        sweep = asdict(protocol.on(images))
+        setting = ctx.setting("train", "test", sweep=sweep, classes=classes, images=images)
+        shown = {"protocol": args.probe, "images": images, "lr": out["lr"], "top-1": out["top1"], "top-5": out["top5"]}
         shown |= {k: out[k] for k in ("per_class",) if k in out} | {"chosen": out["selection"]}
         columns, rows = tuple(shown), [list(shown.values())]
         more = {"selection": out["selection"]}
@@ -190,8 +203,11 @@ def _augmented(
 
     several = len(protocol.lrs) * len(protocol.weight_decays) > 1 and not ctx.args.select_on_test
     labels = train[1]
-    fit, held = split(labels, ctx.args.held_out, ctx.args.seed) if several else (torch.arange(len(labels)), None)
-    fit, protocol = fit.to(labels.device), protocol.on(len(fit))
+    held: Tensor | None = None
+    fit, how = torch.arange(len(labels), device=labels.device), "no choice to make"
+    if several:
+        fit, held, how = _parts(labels, ctx.args.held_out, ctx.args.seed)
+    protocol = protocol.on(len(fit))
     steps = math.ceil(len(fit) / protocol.batch)
     sweep = Sweep(protocol, train[0].shape[1], classes, steps, ctx.comm, train[0].device, ctx.args.seed)
     generator = torch.Generator().manual_seed(ctx.args.seed)
@@ -214,11 +230,9 @@ def _augmented(
         return out | more
     chosen, score = 0, None
     if held is not None:
-        held = held.to(labels.device)
         scores = sweep.correct(train[0][held], labels[held])[:, 0] / len(held)
         chosen, score = int(scores.argmax()), float(scores.max())
     accuracy = sweep.correct(*test)[chosen] / len(test[1])
-    how = "held out of training" if several else "no choice to make"
     return _result(accuracy, sweep.settings[chosen], score, how) | _more(name, sweep, chosen, *test)
 
 
@@ -227,6 +241,6 @@ def crop_and_flip(ctx: Context, epoch: int) -> Any:
     from moe_cl.views.augment import make_views
     from moe_cl.views.spec import NORMALIZE, CropSpec, ViewSpec
 
-    crop = CropSpec(size=ctx.size, interpolation=ctx.args.interpolation, order=[])
+    crop = CropSpec(size=ctx.size, order=[])  # bilinear in all of them; --interpolation is of the test's resize
     spec = ViewSpec("probe", (crop,), 1, *NORMALIZE[ctx.normalize])
     return lambda image, sample_id: make_views(image, spec, ctx.args.seed, epoch, sample_id)[0][0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_cl.arguments import real, whole
+from moe_cl.config import ConfigError
 from moe_cl.evals.metrics import metric
 from moe_cl.evals.sweep import split
 
@@ -57,7 +58,10 @@ def _best(known: dict[int, float]) -> int:
 def fit(
     x: np.ndarray, y: np.ndarray, penalty: float, iterations: int = ITERATIONS
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Scores (n, K) of a multinomial model with C = 1/lambda; of one model a class where y is (n, K) marks."""
+    """Scores (n, K) of a multinomial model with C = 1/lambda; of one model a class where y is (n, K) marks.
+
+    A class that all images have, or none, scores 0. Raises ConfigError for images of one class only.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -67,8 +71,12 @@ def fit(
             return LogisticRegression(C=1.0 / penalty, solver="lbfgs", max_iter=iterations).fit(features, labels)
 
     if y.ndim == 2:
-        models = [one(x[y[:, c] >= 0], y[y[:, c] >= 0, c]) for c in range(y.shape[1])]
-        return lambda rows: np.stack([m.decision_function(rows) for m in models], 1)
+        told = [(x[marks >= 0], marks[marks >= 0]) for marks in y.T]
+        models = [one(*pair) if len(np.unique(pair[1])) > 1 else None for pair in told]
+        answers = [m.decision_function if m is not None else lambda rows: np.zeros(len(rows)) for m in models]
+        return lambda rows: np.stack([answer(rows) for answer in answers], 1)
+    if len(np.unique(y)) < 2:
+        raise ConfigError("logistic regression needs training images of two classes at least; this set has one")
     model = one(x, y)
     classes = model.classes_
     width = int(y.max()) + 1
@@ -102,6 +110,10 @@ def logistic(
     if validation is None:
         first = train_y if train_y.ndim == 1 else torch.zeros(len(train_y), dtype=torch.long)
         fit_index, held = (i.numpy() for i in split(first, held_out, seed))
+        if not len(held):
+            raise ConfigError(
+                "one training image a class: none can be held out to choose lambda; name a validation set (--val)"
+            )
         vx, vy, sx, sy = x[held], y[held], x[fit_index], y[fit_index]
     else:
         vx, vy = (t.cpu().numpy() for t in (validation[0].double(), validation[1]))
@@ -122,23 +134,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=real(low=0, below=1), default=0.2, help="part of the training set that chooses lambda"
     )
+    parser.add_argument("--val", help="labelled set that chooses lambda (default: the set's own, where it has one)")
     parser.add_argument("--iterations", type=whole(1), default=ITERATIONS, help="of L-BFGS, a fit")
 
 
 def run(ctx: Context) -> dict[str, Any]:
     """Table and JSON of ``eval logistic``."""
     from moe_cl.evals.record import record
-    from moe_cl.evals.sets import metric_of
+    from moe_cl.evals.sets import halves, metric_of
 
     args = ctx.args
     name = args.metric or metric_of(ctx.source(False))
+    own = halves(ctx.source(True)) if args.val is None else None
+    if own is not None:  # its official parts; together they are the training set
+        args.train, args.val = own
     with ctx.untouched():
         encode = ctx.encode(blocks=args.blocks)
-        train, test = ctx.features(True, encode), ctx.features(False, encode)
+        train = ctx.features(True, encode)
+        val = ctx.features(False, encode, source=args.val, what="validation features") if args.val else None
+        test = ctx.features(False, encode)
     if ctx.comm.rank:
         return {}  # one fit, on rank 0: scikit-learn is not distributed
     out = logistic(
-        *train, *test, name=name, held_out=args.held_out, seed=args.seed, iterations=args.iterations
+        *train, *test, name=name, validation=val, held_out=args.held_out, seed=args.seed, iterations=args.iterations
     )  # fmt: skip
     values = {name: out[name], "validation": out["validation"], "lambda": out["lambda"]}
     rows = [[name, out[name], out["validation"], f"{out['lambda']:.3g}", len(out["fits"])]]

@@ -16,10 +16,11 @@ from moe_cl.views.draw import draw_views
 from moe_cl.views.spec import NORMALIZE, CropSpec, ViewSpec, eval_view
 
 
-def mirrored(size: int, normalize: str, seed: int = 0, interpolation: str = "bilinear") -> View:
-    """View function -> (2, C, S, S): the plain evaluation view, and it mirrored, jittered (p .8) and greyed (p .2)."""
+def mirrored(size: int, normalize: str, seed: int = 0, interpolation: str = "bilinear", gray: float = 1.0) -> View:
+    """View function -> (2, C, S, S): the plain evaluation view, and its mirror, jittered (p .8) and greyed (p ``gray``;
+    EsViT's analysis: 1)."""
     crop = CropSpec(
-        size=size, scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=1.0, saturation=0.2, hue=0.1, order=["jitter", "gray"]
+        size=size, scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=1.0, saturation=0.2, gray=gray, order=["jitter", "gray"]
     )
     spec = ViewSpec("mirror", (crop,), 1, *NORMALIZE[normalize])
     mean, std = (torch.tensor(v)[:, None, None] for v in NORMALIZE[normalize])

@@ -11,7 +11,7 @@ from moe_cl import config, methods
 from moe_cl.comm import LocalComm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine.checkpoint import store
-from moe_cl.engine.checkpoint.format import Reader, read_manifest
+from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader
 from moe_cl.models import folder
 from moe_cl.models.build import from_config
 
@@ -21,6 +21,13 @@ def run_config(out: Path) -> RunConfig:
     path = out / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{out}: no config.yaml there; give a run's out directory or one of its checkpoints")
+    if (out / MANIFEST).is_file():
+        try:
+            reader = Reader(out)
+            if path.name in reader.manifest.files:
+                reader.check(path.name)
+        except Damaged as error:
+            raise ConfigError(f"checkpoint {error}; take another") from None
     return config.from_tree(config.read_yaml(path), methods.params_of)
 
 
@@ -41,35 +48,80 @@ def backbone(cfg: RunConfig) -> nn.Module:
     )
 
 
+def side(out: Path, which: str = "auto") -> str:
+    """``teacher`` or ``student``: ``which``, or for ``auto`` the one that the method's authors evaluate.
+
+    ``Method.evaluated`` says it; where a checkpoint holds only the other, that. A folder holds one. Raises ConfigError.
+    """
+    if folder.is_folder(out):
+        held = folder.read_settings(out).source.get("which", "student")
+        if which not in ("auto", held):
+            raise ConfigError(f"{out} holds a {held}, no {which}; leave --which at auto")
+        return held
+    if which != "auto":
+        return which
+    path = checkpoint_of(out)
+    own = methods.get(run_config(path).method).evaluated
+    return own if Reader(path).names(own) else {"student": "teacher", "teacher": "student"}[own]
+
+
 def load(out: Path, which: str = "auto") -> tuple[nn.Module, RunConfig, int]:
     """Backbone with a checkpoint's weights, the run's config and the checkpoint's step.
 
     Args:
         out: run directory, checkpoint directory, or a folder that ``export`` or ``import`` wrote.
-        which: ``teacher``, ``student``, or ``auto``: the teacher where there is one.
+        which: see ``side``.
 
     Raises:
         ConfigError: nothing there, damaged, or of another model.
     """
     if folder.is_folder(out):
-        return _exported(out, which)
+        side(out, which)
+        return _exported(out)
     path = checkpoint_of(out)
-    cfg, reader, step = run_config(path), Reader(path), read_manifest(path).step
-    if which == "auto":
-        which = "teacher" if reader.names("teacher") else "student"
+    cfg, reader = run_config(path), Reader(path)
+    step = reader.manifest.step
+    which = side(path, which)
     module = backbone(cfg)
     names = [name for name in reader.names(which) if name.startswith("backbone.")]
     if not names:
         raise ConfigError(f"{path.name} has no {which}; choose teacher or student")
-    module.load_state_dict({name.removeprefix("backbone."): reader.tensor(f"{which}/{name}") for name in names})
+    try:
+        module.load_state_dict({name.removeprefix("backbone."): reader.tensor(f"{which}/{name}") for name in names})
+    except Damaged as error:
+        raise ConfigError(f"checkpoint {error}; take another") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: its {which} is not the model of its config.yaml ({reason}); take another") from None
     return module, cfg, step
 
 
-def _exported(out: Path, which: str) -> tuple[nn.Module, RunConfig, int]:
+def contrasted(out: Path, which: str) -> tuple[nn.Module, str]:
+    """The encoder with its heads, ``which`` side, and the head whose output the method contrasts (its keys).
+
+    Raises:
+        ConfigError: an exported or imported folder, which has no heads, or a method without such a head.
+    """
+    if folder.is_folder(out):
+        raise ConfigError(f"{out} holds a backbone without its projector: measure its features (--of features)")
+    path = checkpoint_of(out)
+    cfg, reader = run_config(path), Reader(path)
+    names = reader.names(which)
+    head = next((h for h in ("fc", "projector") if any(name.startswith(f"heads.{h}.") for name in names)), None)
+    if head is None:
+        raise ConfigError(f"{path.name}: its {which} has no keys to measure; take another --which, or --of features")
+    method = methods.get(cfg.method)(cfg.params, LocalComm())
+    module = (method.build_teacher if which == "teacher" else method.build_student)(backbone(cfg))
+    try:
+        module.load_state_dict(reader.tree(which))
+    except Damaged as error:
+        raise ConfigError(f"checkpoint {error}; take another") from None
+    return module, head
+
+
+def _exported(out: Path) -> tuple[nn.Module, RunConfig, int]:
     module, settings = folder.load(out)
     source = settings.source
-    if which != "auto" and which != source.get("which"):
-        raise ConfigError(f"{out} holds a {source.get('which')}, no {which}; leave --which at auto")
     cfg = RunConfig(recipe=str(source.get("recipe", "")), out=str(out))
     cfg.model, cfg.moe, cfg.views = settings.model, settings.moe, settings.views
     return module, cfg, int(source.get("step", 0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_cl.arguments import whole
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError
+from moe_cl.evals.features import opened
 from moe_cl.evals.pairs import mirror_index, mirrored
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def selectivity(counts: Tensor) -> float:
     """I(e; z) / H(e) from joint counts (E, Z); 0 if one expert takes all."""
-    p = counts.double() / counts.sum()
+    p = counts.double() / counts.sum().clamp(min=1)
     expert, other = p.sum(1, keepdim=True), p.sum(0, keepdim=True)
     entropy = -(expert * expert.clamp(min=1e-300).log()).sum()
     information = (p * (p.clamp(min=1e-300) / (expert * other).clamp(min=1e-300)).log()).sum()
@@ -41,19 +42,21 @@ class Counts:
         self.cls_by_class = torch.zeros(experts, classes, dtype=torch.float64)
         self.by_position = torch.zeros(experts, grid * grid, dtype=torch.float64)
         self.agreed = torch.zeros(2, 2, dtype=torch.float64)  # (cls, patches) x (same, all)
-        self.mirror = mirror_index(grid)
+        self.grid, self.mirror = grid, mirror_index(grid)
 
     def add(self, indices: Tensor, labels: Tensor) -> None:
-        """Routing (2*N, T, k) of images and their mirrors, class token first, and labels (N,)."""
-        indices = indices.cpu()
+        """Routing (2*N, T, k) of images and their mirrors, class token first, and labels (N,), -1 where unknown."""
+        indices, named = indices.cpu(), labels >= 0
+        if len(labels) and int(labels.max()) >= self.by_class.shape[1]:
+            raise ConfigError(f"eval routing: a label is {int(labels.max())}; --classes must be above it")
         n = len(labels)
         self.load += torch.bincount(indices[:n].flatten(), minlength=len(self.load)).double()
         first, second = indices[:n, :, 0], indices[n:, :, 0]
         patches = first[:, 1:]
         ones = torch.ones(patches.numel(), dtype=torch.float64)
-        spread = labels[:, None].expand_as(patches).flatten()
-        self.by_class.index_put_((patches.flatten(), spread), ones, accumulate=True)
-        self.cls_by_class.index_put_((first[:, 0], labels), ones[:n], accumulate=True)
+        known, spread = patches[named].flatten(), labels[named, None].expand_as(patches[named]).flatten()
+        self.by_class.index_put_((known, spread), ones[: len(known)], accumulate=True)
+        self.cls_by_class.index_put_((first[named, 0], labels[named]), ones[: int(named.sum())], accumulate=True)
         place = torch.arange(patches.shape[1]).expand_as(patches).flatten()
         self.by_position.index_put_((patches.flatten(), place), ones, accumulate=True)
         same = patches == second[:, 1:][:, self.mirror]
@@ -83,16 +86,28 @@ class Counts:
 def measure(
     backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], classes: int, device: Any, comm: Comm
 ) -> list[dict[str, Any]]:
-    """Figures of every MoE layer from batches of mirrored pairs (b, 2, C, S, S), labels and ids."""
-    layers: list[Counts] = []
-    for images, labels, _ in batches:
-        encoded = backbone([images.to(device).transpose(0, 1).flatten(0, 1)])
-        if not encoded.routing or not encoded.routing[0]:
-            raise ConfigError("eval routing: this encoder has no experts")
-        grid = round(encoded.regions[0].shape[1] ** 0.5)
-        layers = layers or [Counts(r.experts, grid, classes) for r in encoded.routing[0]]
-        for counts, routing in zip(layers, encoded.routing[0], strict=True):
-            counts.add(routing.indices, labels)
+    """Figures of every MoE layer from this rank's batches of mirrored pairs (b, 2, C, S, S), labels and ids.
+
+    Raises ConfigError or DataStop, on all ranks, for what one rank meets.
+    """
+
+    def count() -> list[Counts]:
+        layers: list[Counts] = []
+        for images, labels, _ in batches:
+            encoded = backbone([images.to(device).transpose(0, 1).flatten(0, 1)])
+            if not encoded.routing or not encoded.routing[0]:
+                raise ConfigError("eval routing: this encoder has no experts")
+            grid = round(encoded.regions[0].shape[1] ** 0.5)
+            layers = layers or [Counts(r.experts, grid, classes) for r in encoded.routing[0]]
+            for counts, routing in zip(layers, encoded.routing[0], strict=True):
+                counts.add(routing.indices, labels)
+        return layers
+
+    layers = opened(count, comm)
+    shapes = comm.gather_objects([(len(c.load), c.grid, classes) for c in layers])
+    if not any(shapes):
+        raise ConfigError("eval routing: the data set is empty")
+    layers = layers or [Counts(*shape) for shape in next(s for s in shapes if s)]  # a rank without an image adds zeros
     return [counts.figures(comm) for counts in layers]
 
 
@@ -108,11 +123,11 @@ def run(ctx: Context) -> list[dict[str, Any]]:
     """Table and JSON of ``eval routing`` on the test set."""
     from moe_cl.evals.record import record
 
-    view = mirrored(ctx.size, ctx.normalize, ctx.args.seed, ctx.args.interpolation)
+    view = mirrored(ctx.size, ctx.normalize, ctx.args.seed, ctx.args.interpolation, gray=0.2)
     classes = ctx.args.classes
     if classes is None:
-        own = max((int(labels.max()) for _, labels, _ in ctx.loader(False)), default=-1)
-        classes = 1 + int(ctx.comm.all_reduce(torch.tensor([own]), "max"))
+        own = opened(lambda: max((int(labels.max()) for _, labels, _ in ctx.loader(False)), default=-1), ctx.comm)
+        classes = max(1, 1 + int(ctx.comm.all_reduce(torch.tensor([own]), "max")))
     with ctx.untouched():
         layers = measure(ctx.backbone, ctx.loader(False, view), classes, ctx.device, ctx.comm)
     if ctx.comm.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from moe_cl.config import ConfigError, DataConfig
 from moe_cl.data import faults
 from moe_cl.data.faults import LeftOut, SampleFault
 from moe_cl.data.header import reason
 from moe_cl.data.loader import LabelledLoader
+from moe_cl.evals.classes import class_names
 from moe_cl.models.build import nearest
 from moe_cl.views.spec import eval_view
 
-SOURCES = "A set is a folder or pattern of shards, folder:DIR (one sub-folder a class) or torchvision:NAME:ROOT"
+SOURCES = (
+    "A set is a folder or pattern of shards, folder:DIR (one sub-folder a class) or torchvision:NAME:ROOT "
+    "(torchvision:NAME@SPLIT:ROOT for one of its splits)"
+)
 
 View = Callable[[np.ndarray, int], Tensor]  # image (H, W, 3) uint8, sample id -> (C, S, S)
 
@@ -63,10 +67,12 @@ class Known:
     train: dict[str, Any] = field(default_factory=lambda: {"train": True})
     test: dict[str, Any] = field(default_factory=lambda: {"train": False})
     metric: str = "accuracy"  # accuracy, per_class, map11 (VOC's 11 points)
+    val: str = ""  # the official validation split beside ``train``, where there is one
+    key: str = "split"  # torchvision's name of the option
 
 
-def _split(train: str, test: str, metric: str = "accuracy", **more: Any) -> Known:
-    return Known({"split": train, **more}, {"split": test, **more}, metric)
+def _split(train: str, test: str, metric: str = "accuracy", val: str = "") -> Known:
+    return Known({"split": train}, {"split": test}, metric, val)
 
 
 # Sets whose published protocol trains on train + val name both; those without a split are cut by ``open_set``.
@@ -77,27 +83,38 @@ KNOWN: dict[str, Known] = {
     "CIFAR100": Known(),
     "Food101": _split("train", "test"),
     "OxfordIIITPet": _split("trainval", "test", "per_class"),
-    "Flowers102": _split("train+val", "test", "per_class"),
+    "Flowers102": _split("train+val", "test", "per_class", "val"),
     "SUN397": Known({}, {}),
     "StanfordCars": _split("train", "test"),
-    "FGVCAircraft": _split("trainval", "test", "per_class"),
-    "VOC2007": Known({"image_set": "trainval", "year": "2007"}, {"image_set": "test", "year": "2007"}, "map11"),
-    "DTD": _split("train+val", "test"),
+    "FGVCAircraft": _split("trainval", "test", "per_class", "val"),
+    "VOC2007": Known(
+        {"image_set": "trainval", "year": "2007"}, {"image_set": "test", "year": "2007"}, "map11", "val", "image_set"
+    ),
+    "DTD": _split("train+val", "test", val="val"),
     "Caltech101": Known({}, {}, "per_class"),
     "STL10": _split("train", "test"),
     "GTSRB": _split("train", "test"),
-    "PCAM": _split("train", "test"),
+    "PCAM": _split("train", "test", val="val"),
     "FER2013": _split("train", "test"),
     "EuroSAT": Known({}, {}),
-    "Country211": _split("train", "test"),
-    "RenderedSST2": _split("train", "test"),
+    "Country211": _split("train", "test", val="valid"),
+    "RenderedSST2": _split("train", "test", val="val"),
 }
 
 
 def metric_of(source: str) -> str:
     """The metric that the transfer tables use for a set: accuracy, per_class or map11."""
-    name = source.split(":")[1] if source.startswith("torchvision:") else ""
+    name = source.split(":")[1].partition("@")[0] if source.startswith("torchvision:") else ""
     return KNOWN[name].metric if name in KNOWN else "accuracy"
+
+
+def halves(source: str) -> tuple[str, str] | None:
+    """The official training and validation splits of a torchvision set as sources of their own; None without them."""
+    kind, _, rest = source.partition(":")
+    name, _, root = rest.partition(":")
+    if kind != "torchvision" or name not in KNOWN or not KNOWN[name].val:
+        return None
+    return f"torchvision:{name}@train:{root}", f"torchvision:{name}@{KNOWN[name].val}:{root}"
 
 
 def open_set(
@@ -112,27 +129,30 @@ def open_set(
     workers: int = 0,
     interpolation: str = "bilinear",
     view: View | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> LabelledSet:
     """This rank's part of a set: samples rank, rank + world, ... in order, once.
 
     Args:
         source: see ``SOURCES``. train: which half of a set that has two.
         view: makes the image tensor from the decoded image and its id; None = the plain evaluation view.
+        chosen: only these samples of the set, in this order; ids are then places in it.
 
     A broken image is left out, named in the log and counted, whatever the set and the view.
 
     Raises:
         ConfigError: no such set, or torchvision cannot find its files. From the iteration: DataStop.
     """
-    if view is None and source.partition(":")[0] not in ("folder", "torchvision"):
+    if view is None and chosen is None and source.partition(":")[0] not in ("folder", "torchvision"):
         return LabelledLoader(source, size, normalize, batch, rank, world, workers, interpolation=interpolation)
     images = images_of(source, train, size)
+    images = images if chosen is None else Subset(images, [int(i) for i in chosen])
     view = view or (lambda image, _: eval_view(image, size, normalize, interpolation))
     loader = DataLoader(
         _Views(images, view, rank, world), batch_size=batch, num_workers=workers, collate_fn=list,
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
-    return _Good(loader)
+    return _Good(loader, source)
 
 
 def images_of(source: str, train: bool, size: int) -> Dataset:
@@ -157,17 +177,23 @@ def _folder(path: str) -> Dataset:
 def torchvision_set(rest: str, train: bool) -> Dataset:
     """``NAME:ROOT`` of torchvision. Sets without a split are cut 80/20 in a fixed order."""
     name, _, root = rest.partition(":")
+    name, _, part = name.partition("@")
     if name not in KNOWN:
         raise ConfigError(f"torchvision:{name} is not known here{nearest(name, KNOWN)}; it has {', '.join(KNOWN)}")
     datasets = importlib.import_module("torchvision.datasets")
     known = KNOWN[name]
     options = known.train if train else known.test
+    if part and known.key not in options:
+        raise ConfigError(f"torchvision:{name}@{part}: torchvision gives {name} no splits by name; leave @{part} out")
+    options = options | ({known.key: part} if part else {})
     kind = getattr(datasets, "VOCDetection" if name == "VOC2007" else name)
     if not root:
         raise ConfigError(f"torchvision:{name} needs the folder of its files: torchvision:{name}:ROOT")
     try:
         splits = options.get("split", "").split("+")
         parts = [kind(root, **(options | ({"split": s} if s else {}))) for s in splits]
+    except ValueError as error:  # its own list of splits
+        raise ConfigError(f"torchvision:{rest}: {' '.join(str(error).split())[:160]}") from None
     except (RuntimeError, FileNotFoundError, OSError) as error:
         raise ConfigError(
             f"torchvision:{name}:{root}: {' '.join(str(error).split())[:160]}; download it with torchvision first"
@@ -175,8 +201,8 @@ def torchvision_set(rest: str, train: bool) -> Dataset:
     if known.train == known.test:
         order = torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0)).tolist()
         cut = int(0.8 * len(order))
-        return torch.utils.data.Subset(parts[0], order[:cut] if train else order[cut:])
-    return parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+        return Subset(parts[0], order[:cut] if train else order[cut:])
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 class _Shards(Dataset):
@@ -195,6 +221,17 @@ class _Shards(Dataset):
     def targets(self) -> list[int]:
         """All labels, from the index."""
         return self.images.reader.labels(np.arange(len(self.dataset)))[0].tolist()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all samples, from the index: as their source had them, else their keys."""
+        indices = (self.dataset.index(shard) for shard in range(len(self.dataset.shards)))
+        return [name or key for index in indices for name, key in zip(index.names, index.keys, strict=True)]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes, by number."""
+        return self.dataset.class_names
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -234,8 +271,9 @@ class _Views(Dataset):
 class _Good:
     """The batches of a DataLoader of ``_Views``, broken images left out."""
 
-    def __init__(self, loader: DataLoader):
-        self._loader = loader
+    def __init__(self, loader: DataLoader, source: str):
+        self._loader, self._source = loader, source
+        self.class_names = class_names(loader.dataset.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         left_out = LeftOut(len(self._loader.dataset), DataConfig().max_bad_fraction)
@@ -244,6 +282,8 @@ class _Good:
                 left_out.add(*fault)
             if good := [item for item in items if len(item) == 3]:
                 views, labels, ids = zip(*good, strict=True)
+                if None in labels:  # FER2013's test.csv
+                    raise ConfigError(f"{self._source}: no labels in it (FER2013: fer2013.csv has the test set's)")
                 yield torch.stack(views), torch.tensor(labels), torch.tensor(ids)
 
 

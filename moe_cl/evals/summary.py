@@ -90,22 +90,23 @@ def run(ctx: Context) -> dict[str, float]:
             values[f"{key}/{metric}"] = figures[metric]
         rows.append([text, *(figures.get(figure, "") for figure in shown)])
 
-    def measure(name: str, encode: Encode) -> None:
+    def measure(name: str, encode: Encode, text: str = "") -> None:
+        text = text or name
         bank, test = (ctx.features(train, encode, what=f"{name}, {part}") for train, part in PARTS)
         sizes.update(bank=len(bank[0]), tested=len(test[0]))
         classes = class_count(bank[1], test[1])
         found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm, name=metric)
-        add(f"knn_{name}", f"kNN (k {k}), {name}", found)
+        add(f"knn_{name}", f"kNN (k {k}), {text}", found)
         if name != "trained" and not args.full:
             return
         probe = linear_probe(*bank, *test, classes, comm=ctx.comm, seed=args.seed, name=metric)
-        add(f"linear_{name}", f"linear probe (lr {probe['lr']:.3g}), {name}", probe)
+        add(f"linear_{name}", f"linear probe (lr {probe['lr']:.3g}), {text}", probe)
         if args.shots:
             draws = few_shot(*bank, *test, shots=args.shots, seeds=args.draws, comm=ctx.comm, name=metric)
             means = {protocol: statistics.mean(accuracies) for protocol, accuracies in draws.items()}
             for protocol in (p for p in means if not p.endswith(metric)):
                 beside = {metric: means[f"{protocol}/{metric}"]} if f"{protocol}/{metric}" in means else {}
-                add(f"{protocol}_{name}", f"{protocol}, {name}", {"top1": means[protocol], **beside})
+                add(f"{protocol}_{name}", f"{protocol}, {text}", {"top1": means[protocol], **beside})
 
     if "pixels" in args.rows:
         measure("pixels", pixels(ctx))
@@ -115,7 +116,7 @@ def run(ctx: Context) -> dict[str, float]:
             measure("untrained", ctx.encode(untrained))
     if "trained" in args.rows:
         with ctx.untouched():
-            measure("trained", ctx.encode())
+            measure("trained", ctx.encode(), f"trained ({ctx.which})")
     values |= speed(ctx.out)
     if ctx.comm.rank == 0:
         setting = ctx.setting("train", "test", k=k, temperature=temperature, **sizes)

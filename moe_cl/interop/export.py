@@ -134,10 +134,7 @@ def open_encoder(path: Path, which: str = "auto") -> tuple[nn.Module, Settings]:
         module, _, _ = pretrained.load(path, which)
         return module, folder.read_settings(path)
     module, cfg, step = pretrained.load(path, which)
-    if which == "auto":
-        from moe_cl.engine.checkpoint.format import Reader
-
-        which = "teacher" if Reader(pretrained.checkpoint_of(path)).names("teacher") else "student"
+    which = pretrained.side(path, which)
     source = {"method": cfg.method, "recipe": cfg.recipe, "step": step, "which": which}
     model = ModelConfig(cfg.model.backbone, dict(cfg.model.options))
     return module, Settings(model, cfg.moe, cfg.views, source)
@@ -148,7 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", choices=tuple(FORMATS))
     parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint, exported or imported folder")
     parser.add_argument("--out", type=Path, required=True, help="folder (safetensors, huggingface) or file to write")
-    parser.add_argument("--which", choices=("auto", "teacher", "student"), default="auto", help="auto: the teacher")
+    whose = "whose encoder; auto: what the method's authors evaluate (EsViT's teacher, else the student)"
+    parser.add_argument("--which", choices=("auto", "teacher", "student"), default="auto", help=whose)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -99,6 +99,9 @@ class Method(nn.Module):
     Params: ClassVar[type]
     teacher_update: ClassVar[Literal["before_keys", "after_step", "none"]] = "before_keys"
     in_batch_negatives: ClassVar[bool] = False  # accumulation changes the objective (a warning says so)
+    # Whose backbone the authors measure (moco_jcl.md and crmoe.md section 3: base or query; esvit.md 3: teacher); what
+    # ``auto`` means for evaluations, online kNN, exports, ``moe_cl.load`` and reports.
+    evaluated: ClassVar[Literal["student", "teacher"]] = "student"
 
     def __init__(self, params: Any, comm: Comm, statistics: str = "global"):
         """``statistics``: over which samples balance and consistency are taken (``moe_cl.losses.groups``)."""

@@ -53,6 +53,7 @@ class EsViT(Method):
 
     Params = Params
     teacher_update = "after_step"
+    evaluated = "teacher"
 
     def __init__(self, params: Params, comm: Comm, statistics: str = "global"):
         super().__init__(params, comm, statistics)

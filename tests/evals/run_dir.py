@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +10,41 @@ import torch
 from PIL import Image
 
 from moe_cl import config, methods
+from moe_cl.comm import LocalComm
 from moe_cl.config import EvalConfig, ModelConfig, MoEConfig, RunConfig, ViewsConfig, build
 from moe_cl.engine.checkpoint.format import MANIFEST, Manifest, TensorEntry, write_shard
 from moe_cl.models.build import from_config
 
+SMALL = {"mocov3": {"dim": 8, "mlp_dim": 32}, "esvit": {"out_dim": 16, "hidden": 8, "bottleneck": 4}}
 TINY = {"img_size": 16, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2}
 
 
-def make_run(out: Path, images: Path | None = None, model: ModelConfig | None = None, moe: str = "odd") -> RunConfig:
-    """``config.yaml`` and ``checkpoints/step-*`` holding an encoder's fresh weights as the teacher's."""
-    cfg = RunConfig(method="mocov3", recipe="small", out=str(out), params=build(methods.params_of("mocov3"), {}))
+def make_run(
+    out: Path,
+    images: Path | None = None,
+    model: ModelConfig | None = None,
+    moe: str = "odd",
+    sides: tuple[str, ...] = ("teacher",),
+    method: str = "mocov3",
+) -> RunConfig:
+    """``config.yaml`` and ``checkpoints/step-*`` with the fresh weights of encoders and heads, other ones each side."""
+    cfg = RunConfig(method=method, recipe="small", out=str(out), params=build(methods.params_of(method), SMALL[method]))
     cfg.model = model or ModelConfig("vit", TINY)
     cfg.moe, cfg.views = MoEConfig(moe, experts=4, hidden_ratio=1.0), ViewsConfig(size=16)
     if images is not None:
         cfg.eval = EvalConfig(bank=f"folder:{images / 'train'}", test=f"folder:{images / 'test'}", k=5)
-    torch.manual_seed(1)
-    backbone = from_config(cfg.model, cfg.moe, teacher=True)
     path = out / "checkpoints" / "step-00000007"
     path.mkdir(parents=True)
     manifest, tensors = Manifest(step=7, world=1), {}
-    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    state["heads.projector.0.weight"] = torch.randn(32, backbone.dim) * 0.1
-    for name, value in state.items():
-        key = f"teacher/{name}"
-        tensors[key] = value.contiguous()
-        piece = ["weights.safetensors", key, 0, value.numel()]
-        manifest.tensors[key] = TensorEntry(list(value.shape), str(value.dtype).removeprefix("torch."), [piece])
+    for number, side in enumerate(sides, 1):
+        torch.manual_seed(number)
+        backbone, parts = from_config(cfg.model, cfg.moe, teacher=True), methods.get(method)(cfg.params, LocalComm())
+        module = (parts.build_teacher if side == "teacher" else parts.build_student)(backbone)
+        for name, value in module.state_dict().items():
+            key = f"{side}/{name}"
+            tensors[key] = value.contiguous()
+            piece = ["weights.safetensors", key, 0, value.numel()]
+            manifest.tensors[key] = TensorEntry(list(value.shape), str(value.dtype).removeprefix("torch."), [piece])
     manifest.files["weights.safetensors"] = write_shard(path / "weights.safetensors", tensors)
     (path / MANIFEST).write_text(manifest.dump())
     for folder in (out, path):
@@ -54,3 +64,12 @@ def make_images(folder: Path, per_class: int = 12, classes: int = 3, size: int =
                 pixels[..., c % 3] += 120 + 20 * (c // 3)
                 Image.fromarray(pixels.astype(np.uint8)).save(target / f"{i:03d}.png")
     return folder
+
+
+def make_dtd(root: Path, images: Path) -> None:
+    """torchvision's layout of DTD: images by class, and lists of a split."""
+    (root / "labels").mkdir(parents=True)
+    shutil.copytree(images / "train", root / "images")
+    files = sorted(p.relative_to(root / "images") for p in (root / "images").rglob("*.png"))
+    for number, split in enumerate(("train", "val", "test")):
+        (root / "labels" / f"{split}1.txt").write_text("\n".join(map(str, files[number::3])))

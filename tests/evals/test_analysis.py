@@ -10,7 +10,7 @@ import torch
 
 from moe_cl.cli import main
 from moe_cl.comm import LocalComm
-from moe_cl.config import ModelConfig
+from moe_cl.config import ConfigError, ModelConfig
 from moe_cl.evals.correspondence import correspond, sharpness
 from moe_cl.evals.pairs import mirror_index, mirrored
 from moe_cl.evals.routing import Counts, selectivity
@@ -86,10 +86,17 @@ def test_statistics_of_planted_keys():
     centre = torch.nn.functional.normalize(torch.randn(200, 1, 64), dim=2)
     tight = similarities(centre + 0.01 * torch.randn(200, 5, 64))
     loose = similarities(centre + 0.3 * torch.randn(200, 5, 64))
-    assert len(tight["positive"]) == 200 * 10 and len(tight["negative"]) == 199
+    assert len(tight["positive"]) == 200 * 10 and len(tight["negative"]) == 200 * 64
     assert tight["positive"].mean() > 0.98 > 0.5 > loose["positive"].mean()
     assert tight["spread"].mean() < 0.02 < loose["spread"].mean()
     assert abs(float(tight["negative"].mean())) < 0.05
+    # classes side by side, as in folders: other images are near where they are of the class, and all are looked at
+    near = torch.eye(4).repeat_interleave(3, 0)[:, None] + 1e-3 * torch.randn(12, 2, 4)
+    assert len(similarities(near)["negative"]) == 12 * 11
+    assert (similarities(near)["negative"] > 0.5).float().mean() == pytest.approx(2 / 11)
+    assert (similarities(near, others=5)["negative"] > 0.5).float().mean() < 0.5
+    with pytest.raises(ConfigError, match="two at least"):
+        similarities(near[:1])
     keys = torch.randn(7, 4, 6)
     unit = torch.nn.functional.normalize(keys, dim=2)
     trace = [float(np.trace(np.cov(k.T.numpy(), bias=True))) for k in unit]

@@ -13,7 +13,8 @@ from torch import nn
 from moe_cl.cli import main
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import ConfigError, ModelConfig
-from moe_cl.evals.detection import SCHEDULES, CocoImages, Schedule, batches, detect, mirror, score, voc_to_coco
+from moe_cl.evals.coco import CocoImages, voc_to_coco
+from moe_cl.evals.detection import SCHEDULES, Schedule, batches, detect, mirror, score
 from moe_cl.evals.detectors import build_detector, precise_norms
 from moe_cl.models.build import build_backbone
 from moe_cl.models.norm import BatchNorm, batch_norms
@@ -170,6 +171,70 @@ def test_voc_becomes_coco(tmp_path):
     assert len(CocoImages(tmp_path, "voc:2007:trainval").trainable()) == 1
     with pytest.raises(ConfigError, match="VOCdevkit"):
         voc_to_coco(tmp_path, ("2012", "trainval"))
+
+
+def no_masks(tree):
+    for thing in tree["annotations"]:
+        del thing["segmentation"]
+
+
+def no_mask_of_one(tree):
+    tree["annotations"][2]["segmentation"] = []
+
+
+def no_points(tree):
+    for thing in tree["annotations"]:
+        del thing["keypoints"]
+
+
+def other_category(tree):
+    tree["annotations"][1]["category_id"] = 99
+
+
+def lost_image(tree):
+    tree["images"][1]["file_name"] = "away/7.png"
+
+
+@pytest.mark.parametrize(
+    ("detector", "spoil", "text"),
+    [
+        ("mask_fpn", no_masks, "annotation 1 has no mask, which mask_fpn needs of every box; take --detector box_fpn"),
+        ("mask_c4", no_mask_of_one, "annotation 3 has no mask"),
+        ("keypoint_fpn", no_points, "annotation 1 has no key points"),
+        ("box_fpn", other_category, "annotation 2 has category 99"),
+        ("box_fpn", lost_image, "1 images of"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_found_before_training(tmp_path, capsys, monkeypatch, detector, spoil, text):
+    monkeypatch.setattr("moe_cl.evals.detection.train", lambda *_, **__: pytest.fail("it trained"))
+    folder = make_coco(tmp_path / "images", 3, 0)
+    tree = json.loads((folder / "coco.json").read_text())
+    make_run(tmp_path / "out", None, ModelConfig("resnet18"), moe="none")
+    for spoilt in ("--annotations", "--test-annotations"):
+        spoil(other := json.loads(json.dumps(tree)))
+        (folder / "spoilt.json").write_text(json.dumps(other))
+        files = {"--annotations": folder / "coco.json", "--test-annotations": folder / "coco.json"}
+        options = [str(x) for pair in (files | {spoilt: folder / "spoilt.json"}).items() for x in pair]
+        command = ["eval", "detection", "--checkpoint", str(tmp_path / "out"), "--detector", detector, *options]
+        assert main([*command, "--images", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1
+    assert main([*command, "--images", "/nowhere"]) == 2  # before anything is trained
+
+
+def test_voc_mistakes(tmp_path):
+    for split in (("2007",), ("2007", "")):
+        with pytest.raises(ConfigError, match="year and split"):
+            voc_to_coco(tmp_path, split)
+    base = tmp_path / "VOC2007"
+    (base / "ImageSets/Main").mkdir(parents=True), (base / "Annotations").mkdir()
+    (base / "ImageSets/Main/train.txt").write_text("1\n")
+    with pytest.raises(ConfigError, match="1.xml: cannot be read"):
+        voc_to_coco(tmp_path, ("2007", "train"))
+    size = "<size><width>9</width><height>9</height></size>"
+    (base / "Annotations/1.xml").write_text(f"<a>{size}<object><name>yak</name></object></a>")
+    with pytest.raises(ConfigError, match="'yak' is none of VOC's 20 classes"):
+        voc_to_coco(tmp_path, ("2007", "train"))
 
 
 def test_mistakes(tmp_path):

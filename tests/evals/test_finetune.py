@@ -16,8 +16,9 @@ from moe_cl.cli import main
 from moe_cl.config import ConfigError
 from moe_cl.evals import finetune
 from moe_cl.evals.context import Context
-from moe_cl.evals.finetune import PRESETS, Classifier, Recipe, learning_rate, order, part_of, seeded
+from moe_cl.evals.finetune import PRESETS, Classifier, Recipe, groups, learning_rate, order, seeded
 from moe_cl.evals.sets import images_of
+from moe_cl.evals.subset import chosen, names_of, part_of
 from moe_cl.models.backbone import set_drop_path
 from moe_cl.models.build import build_backbone
 from tests.evals.run_dir import TINY, make_images, make_run
@@ -94,6 +95,42 @@ def test_parts_of_a_set(tmp_path):
     for listed, fraction in ((str(tmp_path / "b.txt"), None), ("/nowhere", None), (None, 2.0)):
         with pytest.raises(ConfigError):
             part_of(labels, fraction, listed, 0)
+
+
+def test_a_published_list_names_its_images(images, tmp_path):
+    """ "path label" lines of the papers, with more or fewer folders before the name, and keys without a suffix."""
+    data = images_of(f"folder:{images / 'train'}", True, 16)
+    assert names_of(data)[13] == "class1/001.png"
+    (tmp_path / "list.txt").write_text("train/class1/001.png 7\nclass0/003 0\n\nclass2/011.png")
+    assert chosen(data, None, str(tmp_path / "list.txt"), 0).tolist() == [13, 3, 35]
+    for line, text in (("class1/099.png 1", "'class1/099.png' is no image"), ("001.png 1", "or several")):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(ConfigError, match=text):
+            chosen(data, None, str(tmp_path / "list.txt"), 0)
+
+
+def test_a_linear_probe_of_a_list_trains_on_it_alone(images, tmp_path):
+    out = tmp_path / "out"
+    make_run(out, images)
+    (tmp_path / "list.txt").write_text("".join(f"class{c}/{i:03d}.png {c}\n" for c in range(3) for i in range(4)))
+    options = ["--protocol", "crmoe", "--epochs", "2", "--probe-batch", "8", "--list", str(tmp_path / "list.txt")]
+    assert main(["eval", "linear", "--checkpoint", str(out), *options]) == 0
+    found = json.loads((out / "evals" / "linear.json").read_text())
+    assert found["setting"]["images"] == 12 and found["setting"]["probe"] == "crmoe"
+    assert found["setting"]["which"] == "teacher" and found["setting"]["recipe"] == "small"
+
+
+def test_what_deit_and_swin_leave_undecayed():
+    def names(net, number):
+        of = {id(p): name for name, p in net.named_parameters()}
+        return {of[id(p)] for p in groups(net, 0.1)[number]["params"]}
+
+    vit = Classifier(build_backbone("vit", **TINY, pos_embed="learned"), 3).requires_grad_(True)
+    assert {"backbone.cls_token", "backbone.pos_embed", "head.bias"} <= names(vit, 1)
+    assert names(vit, 0) == {n for n, p in vit.named_parameters() if n.endswith("weight") and p.ndim > 1}
+    swin = Classifier(build_backbone("swin", dim=8, depths=[1, 1], heads=[1, 2], img_size=16), 3)
+    tables = {n for n, _ in swin.named_parameters() if n.endswith("relative_position_bias_table")}
+    assert tables and tables <= names(swin, 1)
 
 
 def test_learning_rate_and_presets():

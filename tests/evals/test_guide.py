@@ -18,7 +18,7 @@ from moe_cl.evals.sweep import PROTOCOLS as PROBES
 from moe_cl.tracking.journal import Journal
 from moe_cl.tracking.tail import read
 from tests import guide
-from tests.evals.run_dir import TINY, make_images, make_run
+from tests.evals.run_dir import TINY, make_dtd, make_images, make_run
 from tests.evals.test_detection import make_coco
 
 TEXT = (guide.DOCS / "evaluation.md").read_text()
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     for name, (model, moe) in RUNS.items():
         make_run(base / "runs" / name, images, model, moe)
         Journal(base / "runs" / name / "journal.jsonl").close("FINISHED")
-    (base / "imagenet_1percent_indices.txt").write_text("0\n13\n30\n")
+    (base / "imagenet_1percent.txt").write_text("class0/000.png 0\nclass1/001.png 1\ntrain/class2/006.png 2\n")
     make_dtd(base / "data" / "dtd" / "dtd", images)
     make_cifar100(base / "data" / "cifar-100-python")
     make_voc(base / "data" / "VOCdevkit")
@@ -56,15 +56,6 @@ def place(tmp_path_factory):
         folder = make_coco(coco / split, 3, seed)
         shutil.move(folder / "coco.json", coco / "annotations" / f"instances_{split}.json")
     return base
-
-
-def make_dtd(root, images):
-    """torchvision's layout of DTD: images by class, and lists of a split."""
-    (root / "labels").mkdir(parents=True)
-    shutil.copytree(images / "train", root / "images")
-    files = sorted(p.relative_to(root / "images") for p in (root / "images").rglob("*.png"))
-    for number, split in enumerate(("train", "val", "test")):
-        (root / "labels" / f"{split}1.txt").write_text("\n".join(map(str, files[number::3])))
 
 
 def make_cifar100(root):

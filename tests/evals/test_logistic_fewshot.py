@@ -16,7 +16,7 @@ from moe_cl.config import ConfigError
 from moe_cl.evals.fewshot import draw, few_shot, interval, ridge
 from moe_cl.evals.logistic import GRID, fit, logistic, search
 from moe_cl.evals.metrics import average_precision_11, map11, metric, per_class
-from tests.evals.run_dir import make_images, make_run
+from tests.evals.run_dir import make_dtd, make_images, make_run
 from tests.evals.test_knn_linear import lopsided, planted
 
 
@@ -135,6 +135,24 @@ def test_few_shot_counts_small_classes_as_much_as_large_ones():
 def test_interval():
     mean, half = interval([0.5, 0.6, 0.7])
     assert mean == pytest.approx(0.6) and half == pytest.approx(4.302653 * 0.1 / 3**0.5)
+
+
+def test_lambda_is_chosen_on_the_official_validation_part(tmp_path, monkeypatch):
+    """DTD's own val where it is DTD; any set by --val."""
+    from moe_cl.evals import logistic as module
+
+    seen = []
+    whole = module.logistic
+    monkeypatch.setattr(module, "logistic", lambda *a, **k: seen.append((len(a[0]), k["validation"])) or whole(*a, **k))
+    out, images = tmp_path / "out", make_images(tmp_path / "images")
+    make_run(out, images)
+    make_dtd(tmp_path / "data" / "dtd" / "dtd", images)
+    dtd, command = f"torchvision:DTD:{tmp_path / 'data'}", ["eval", "logistic", "--checkpoint", str(out)]
+    assert main([*command, "--iterations", "5", "--train", dtd, "--test", dtd]) == 0
+    setting = json.loads((out / "evals" / "logistic.json").read_text())["setting"]
+    assert setting["train"] == dtd.replace("DTD", "DTD@train") and setting["val"] == dtd.replace("DTD", "DTD@val")
+    assert main([*command, "--iterations", "5", "--val", f"folder:{images / 'test'}"]) == 0
+    assert [(n, len(val[1])) for n, val in seen] == [(12, 12), (36, 18)]
 
 
 def test_commands(tmp_path):

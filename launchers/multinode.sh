@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrain on the hosts of a hostfile ("HOST slots=N" a line), started through pdsh, Open MPI, or without ssh.
+# Started again with the same out dir it continues there, also on other hosts (resume=false: it refuses to).
 #
-#   bash launchers/multinode.sh HOSTFILE --recipe NAME [--out DIR] [--resume] [key=value ...]
+#   bash launchers/multinode.sh HOSTFILE --recipe NAME [--out DIR] [key=value ...]
 #   LAUNCHER=openmpi bash launchers/multinode.sh ...        # pdsh (default), openmpi, slurm, mpich ...: DeepSpeed's names
 #   NODE_RANK=0 MASTER_ADDR=HOST bash launchers/multinode.sh ...   # no ssh: the same command on every host, its number each
 #
@@ -9,10 +10,11 @@
 # names in the settings are taken from the checkout, the one place that all hosts have; HOSTFILE from where you stand.
 set -euo pipefail
 hostfile="${1:-}"
-[ -n "$hostfile" ] && [ -f "$hostfile" ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+[ -n "$hostfile" ] && [ -f "$hostfile" ] || { sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 hostfile="$(realpath "$hostfile")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
+. launchers/resume.sh
 . launchers/install.sh
 . launchers/timeouts.sh
 ranks="$(awk '!/^ *(#|$)/ { split($2, slots, "="); total += slots[2] } END { print total + 0 }' "$hostfile")"

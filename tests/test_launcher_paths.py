@@ -43,3 +43,15 @@ def test_a_run_from_elsewhere_writes_where_the_caller_stands(place):
     done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (place / "here" / "run" / "journal.jsonl").is_file() and not (ROOT / "here").exists()
+    # Started again it goes on (here: there is nothing left to do), unless it is told not to.
+    again = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "nothing to resume" in again.stdout, again.stderr[-2000:]
+    command += ["resume=false"]
+    refused = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "has checkpoints already" in refused.stderr
+
+
+@pytest.mark.parametrize("script", ["local.sh", "torchrun.sh", "multinode.sh", "slurm.sbatch"])
+def test_every_launcher_continues(script):
+    text = (ROOT / "launchers" / script).read_text()
+    assert "resume.sh" in text or text.count('pretrain --resume "$@"') == 1

@@ -54,7 +54,7 @@ def test_a_link_goes_down_shortly_then_for_good_and_one_host_continues(cluster, 
         until(lambda: store.latest_complete(out) is not None, 200, "a checkpoint", log, run)
         rank = cluster.ranks(2)
         names = b"".join(open(f"/proc/{pid}/environ", "rb").read() for pid in rank)
-        assert len(rank) == 1 and b"TORCH_NCCL_TRACE_BUFFER_SIZE=2000" in names  # the launcher's settings reach h2
+        assert len(rank) == 1 and b"TORCH_FR_BUFFER_SIZE=2000" in names  # the launcher's settings reach h2
         subprocess.run([*link, "down"], check=True)
         time.sleep(3)
         subprocess.run([*link, "up"], check=True)

@@ -31,6 +31,17 @@ def numbers(result):
 
 
 @pytest.mark.processes
+def test_a_rank_without_an_image(pool, tmp_path):
+    """One test image and two ranks: neither waits for the other's figures."""
+    out = tmp_path / "out"
+    make_run(out, make_images(tmp_path / "images", per_class=2, classes=1))
+    commands = [["routing", "--checkpoint", str(out)], ["correspondence", "--checkpoint", str(out)]]
+    (alone,) = pool.run(1, evaluate, commands)
+    for one, *both in zip(alone, *pool.run(2, evaluate, commands), strict=True):
+        assert numbers(both[0]) == numbers(both[1]) == pytest.approx(numbers(one), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.processes
 def test_two_ranks_give_one_ranks_figures(pool, tmp_path):
     out = tmp_path / "out"
     make_run(out, make_images(tmp_path / "images", per_class=7))

@@ -24,6 +24,7 @@ def nowhere(out):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.browser  # starts MLflow
 def test_nothing_of_a_tracked_journal_has_them(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     monkeypatch.setenv("MOE_CL_TRACKER_NICE", "0")

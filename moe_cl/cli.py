@@ -84,6 +84,8 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     from moe_cl.data.index import resolve
     from moe_cl.data.loader import Loader
     from moe_cl.engine import checks, schedules, setup
+    from moe_cl.engine.checkpoint import source
+    from moe_cl.evals import online
     from moe_cl.tracking import mlflow
     from moe_cl.views.spec import build_spec
 
@@ -93,6 +95,7 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     batch = checks.check(cfg, world)
     setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation), world)
     mlflow.check(cfg.track)
+    online.check_best(cfg)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
     try:
         loader = Loader(cfg.data, build_spec(cfg.views), seed=cfg.seed, **sizes, rank=0, world=world)
@@ -100,7 +103,9 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
         raise ConfigError(str(error)) from None
     loader.close()
     per_epoch = loader.steps_per_epoch
-    checks.check_same_run(cfg, schedules.total_steps(cfg.schedule, per_epoch), per_epoch)
+    total = schedules.total_steps(cfg.schedule, per_epoch)
+    checks.check_same_run(cfg, total, per_epoch)
+    source.check_schedule(cfg, total, per_epoch)
     for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
         if pattern and (cfg.eval.knn_every or not pattern.startswith(("folder:", "torchvision:"))):
             images = len(resolve(pattern))
@@ -116,7 +121,12 @@ def main_pretrain(args: argparse.Namespace) -> int:
     """Check everything that can be checked, then start (or, with --check, stop there)."""
     cfg = read_config(args, args.overrides)
     from moe_cl.engine import ranks
+    from moe_cl.engine.checkpoint import source
 
+    began = source.kept(cfg)
+    if cfg.model.init_from not in (None, began) and speaks():
+        print(f"{cfg.out} goes on from its own checkpoint: model.init_from={cfg.model.init_from} is not read")
+    cfg.model.init_from = began
     me = ranks.from_environment()
     preflight(cfg, args.check or me.world)
     if args.check:

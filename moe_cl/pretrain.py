@@ -160,7 +160,9 @@ def begin_from(cfg: RunConfig, checkpoints: Checkpointer, rank: int) -> dict[str
         return {"step": 0}
     report = checkpoints.init_from(cfg.model.init_from)
     if rank == 0:
-        print(f"init_from {cfg.model.init_from}: {report}")
+        with written(Path(cfg.out)):
+            path = report.write(Path(cfg.out), cfg.model.init_from)
+        print(f"init_from {cfg.model.init_from}: {report}; every key: {path}")
     return {"step": 0, **(report.extra or {}), "mlflow_run": None}
 
 

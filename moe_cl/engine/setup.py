@@ -15,7 +15,7 @@ from moe_cl import methods
 from moe_cl.comm import Comm, LocalComm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine import checks, large_batch, optim, ranks, schedules
-from moe_cl.engine.checkpoint import start
+from moe_cl.engine.checkpoint import source, start
 from moe_cl.engine.clip import GradientControl
 from moe_cl.engine.flat import FlatView
 from moe_cl.engine.scaler import install, scaler_of
@@ -77,7 +77,7 @@ def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
     ``images``: in one loss of a rank, of which there are ``ranks``.
     """
     groups.check(cfg.engine.statistics, images * ranks)
-    if cfg.model.init_from:
+    if source.needed(cfg):
         try:
             start.check(cfg.model.init_from)
         except ConfigError as error:
@@ -127,7 +127,7 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     student.to(device)
     method.to(device)
     names = [name for name, _ in student.named_parameters()]
-    groups = optim.param_groups(student, cfg.optim, fresh=start.fresh_names(cfg.model.init_from, names))
+    groups = optim.param_groups(student, cfg.optim, fresh=source.fresh_names(cfg, names))
     if factory is not None:
         groups = layer.param_groups(groups)
     peak = schedules.scaled_lr(cfg.optim, cfg.batch.global_batch)

@@ -8,13 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from moe_cl.comm import Comm
-from moe_cl.config import RunConfig
+from moe_cl.config import ConfigError, RunConfig
 from moe_cl.data.loader import LabelledLoader
 from moe_cl.evals.features import encoder, extract, frozen, opened
 from moe_cl.evals.knn import knn
 from moe_cl.models.norm import batch_norms
 
 BATCH = 256
+FIGURES = ("top1", "top5")
+
+
+def check_best(cfg: RunConfig) -> None:
+    """``checkpoint.keep_best`` is a figure that this run measures. Raises ConfigError."""
+    best = cfg.checkpoint.keep_best
+    if best is None:
+        return
+    known = [f"knn/{name}" for name in FIGURES]
+    if best.removeprefix("-") not in known:
+        raise ConfigError(
+            f"checkpoint.keep_best={best} is no figure of a run: take {' or '.join(known)}, - for the lowest"
+        )
+    if not cfg.eval.knn_every:
+        raise ConfigError(f"checkpoint.keep_best={best} is never measured: set eval.knn_every, or leave it out")
 
 
 def sets(cfg: RunConfig, rank: int = 0, world: int = 1) -> tuple[LabelledLoader, LabelledLoader]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import types
 
@@ -11,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moe_cl.comm import LocalComm
-from moe_cl.config import CheckpointConfig, ConfigError, MoEConfig, OptimConfig
+from moe_cl.config import CheckpointConfig, ConfigError, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from moe_cl.engine import optim
-from moe_cl.engine.checkpoint import Checkpointer, cli, foreign, latest_complete, start
+from moe_cl.engine.checkpoint import Checkpointer, cli, foreign, latest_complete, source, start
 from moe_cl.models.build import build_backbone
+from tests.engine.tiny import Memory
 
 VIT = {"dim": 16, "depth": 2, "heads": 2, "img_size": 16, "patch_size": 8}
 
@@ -64,6 +66,9 @@ def test_a_new_head_starts_fresh_and_all_else_goes_on(first, tmp_path):
     assert report.extra == {"step": 3, "loader": {"used": 24}}
     assert report.fresh == ["heads.region.weight", "heads.region.bias"] and not report.unused
     assert "continues at its step" in str(report)
+    told = json.loads(report.write(tmp_path, str(out)).read_text())
+    assert told["teacher"]["fresh"] == report.fresh and sorted(told["optimizer"]["fresh"]) == sorted(report.fresh)
+    assert len(told["optimizer"]["loaded"]) == sum(p.requires_grad for p in old.parameters()) and told["continues"]
     theirs = dict(old.named_parameters())
     for name, p in net.named_parameters():
         if name in theirs:
@@ -76,6 +81,24 @@ def test_a_new_head_starts_fresh_and_all_else_goes_on(first, tmp_path):
     assert all(count == (1 if "region" in name else 4) for name, count in counts.items())
     saver.save(4, {"step": 4}, wait=True)  # and it is a run like any other
     assert run(tmp_path, ["view", "region"], init=out)[3].load() == {"step": 4}
+    # Its own checkpoint says which parameters count their own steps: the source may be gone.
+    cfg = RunConfig(out=str(tmp_path), resume=True, model=ModelConfig(init_from=str(tmp_path / "gone")))
+    names = [name for name, _ in net.named_parameters()]
+    assert not source.needed(cfg) and source.fresh_names(cfg, names) == report.fresh
+
+
+def test_a_queue_of_another_shape_starts_fresh_and_is_named(tmp_path):
+    _, _, _, saver = run(tmp_path / "first", ["view"], steps=1)
+    saver.method = Memory()
+    saver.method.pointer += 3
+    saver.save(1, {"step": 1}, wait=True)
+    _, _, _, saver = run(tmp_path / "second", ["view"], init=tmp_path / "first")
+    saver.method = Memory()
+    saver.method.register_buffer("queue", torch.zeros(8, 3))
+    saver.method.register_buffer("center", torch.zeros(2))
+    report = saver.init_from(tmp_path / "first")
+    assert report.others["method"].fresh == ["queue ((4, 3) there, (8, 3) here)", "center"]
+    assert int(saver.method.pointer) == 3 and "method: 1 tensors loaded, fresh: queue ((4, 3) there" in str(report)
 
 
 def test_another_backbone_is_refused(first, tmp_path):

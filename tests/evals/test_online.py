@@ -11,10 +11,10 @@ import torch
 
 from moe_cl.cli import main
 from moe_cl.comm import LocalComm, SimComm
-from moe_cl.config import RunConfig
+from moe_cl.config import CheckpointConfig, ConfigError, EvalConfig, RunConfig
 from moe_cl.engine.checkpoint import store
 from moe_cl.engine.checkpoint.format import read_manifest
-from moe_cl.evals.online import online_knn
+from moe_cl.evals.online import check_best, online_knn
 from moe_cl.models.norm import BatchNorm
 from moe_cl.tracking.journal import read
 from tests.pool import free_port
@@ -50,6 +50,23 @@ def test_two_ranks_give_one_processs_figures(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert values(out, "shared") == pytest.approx(values(out, "alone"))
+
+
+@pytest.mark.parametrize(
+    ("best", "every", "says"),
+    [
+        (None, 0, None),
+        ("-knn/top5", 1, None),
+        ("knn/typo", 1, "take knn/top1 or knn/top5"),
+        ("knn/top1", 0, "never measured: set eval.knn_every"),
+    ],
+)
+def test_what_is_kept_as_the_best_is_measured(best, every, says):
+    cfg = RunConfig(checkpoint=CheckpointConfig(keep_best=best), eval=EvalConfig(knn_every=every))
+    if says is None:
+        return check_best(cfg)
+    with pytest.raises(ConfigError, match=says):
+        check_best(cfg)
 
 
 class Brightness(torch.nn.Module):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import moe_cl
 from moe_cl import cli
 from moe_cl.config import ConfigError, ModelConfig
-from moe_cl.engine.checkpoint.format import MANIFEST, Reader, read_manifest, write_shard
+from moe_cl.engine.checkpoint.format import MANIFEST, Reader, read_manifest, write_bytes, write_shard
 from moe_cl.interop.export import open_encoder
 from tests.evals.run_dir import TINY, make_run
 from tests.interop.test_import import KEYMAPS, close, features
@@ -180,6 +180,26 @@ def test_load_names_what_is_wrong(tmp_path):
     (tmp_path / "net" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ConfigError, match="no readable safetensors"):
         moe_cl.load(tmp_path / "net")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", MANIFEST, "config.yaml"])
+def test_no_encoder_leaves_a_damaged_checkpoint(tmp_path, capsys, name):
+    """One flipped bit of what is read: one line, exit code 2 and no file, for export as for the evaluations."""
+    make_run(tmp_path / "run", model=DENSE["vit"][0], moe="none")
+    path = tmp_path / "run" / "checkpoints" / "step-00000007"
+    manifest = read_manifest(path)
+    manifest.files["config.yaml"] = write_bytes(path / "config.yaml", [(path / "config.yaml").read_bytes()])
+    (path / MANIFEST).write_text(manifest.dump())
+    moe_cl.load(tmp_path / "run")
+    data = bytearray((path / name).read_bytes())
+    data[-20] ^= 1
+    (path / name).write_bytes(data)
+    argv = ["--checkpoint", str(tmp_path / "run")]
+    for command in (["export", "timm", *argv, "--out", str(tmp_path / "net.pth")], ["eval", "knn", *argv]):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "step-00000007" in error and "take another" in error
+    assert not (tmp_path / "net.pth").exists()
 
 
 def test_the_package_imports_no_torch():

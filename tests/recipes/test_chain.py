@@ -53,8 +53,14 @@ def test_two_phases_run_as_one_training(tmp_path):
     stop = "schedule.stop_epochs=0.5"
     done = launch(0, "--recipe", "esvit_swin_tiny_w14_view", "--out", str(first), *sizes, stop)
     assert done.returncode == 0, done.stderr[-2000:]
-    done = launch(0, "--recipe", "esvit_swin_tiny_w14", "--out", str(second), *sizes, f"model.init_from={first}")
+    both = ["--recipe", "esvit_swin_tiny_w14", "--out", str(second), *sizes]
+    done = launch(0, *both, f"model.init_from={first}", "schedule.max_steps=8")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "fresh: heads.region" in done.stdout and f"every key: {second / 'init_from.json'}" in done.stdout
+    first.rename(tmp_path / "away")  # a run with checkpoints of its own needs it no more
+    done = launch(0, *both, "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = tmp_path / "away"
     steps = [[line for line in read(out / "journal.jsonl") if line["kind"] == "step"] for out in (first, second)]
     numbers = [line["step"] for part in steps for line in part]
     assert numbers == list(range(1, 13)) and len(steps[0]) == 3

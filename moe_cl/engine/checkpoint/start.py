@@ -9,9 +9,8 @@ another shape, is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +18,11 @@ from torch import Tensor, nn
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import foreign, restore, store
 from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
+from moe_cl.engine.checkpoint.report import Report
 from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 
 if TYPE_CHECKING:
     from moe_cl.models import upcycle
-
-
-@dataclass
-class Report:
-    """What became of the keys. extra: the checkpoint's (cursor, step), None from a file of weights."""
-
-    loaded: list[str]
-    fresh: list[str]
-    unused: list[str]
-    extra: dict[str, Any] | None = None
-    upcycled: bool = field(default=False)
-
-    def __str__(self) -> str:
-        def some(names: list[str]) -> str:
-            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
-
-        kind = "continues at its step" if self.extra else "starts at step 0"
-        made = " (experts from the dense blocks)" if self.upcycled else ""
-        return (
-            f"{len(self.loaded)} tensors loaded{made}, fresh: {some(self.fresh)}, unused: {some(self.unused)}; {kind}"
-        )
 
 
 def checkpoint_at(path: Path) -> Path | None:
@@ -117,19 +96,37 @@ def _from_checkpoint(path: Path, view: FlatView, teacher: nn.Module | None, meth
         restore.load_optimizer(reader, view, report.fresh, strict=False)
         if teacher is not None:
             theirs = reader.tree("teacher") or reader.tree("student")
-            names = {name for name, _ in teacher.named_parameters()} | set(restore.saved_buffers(teacher))
-            theirs = {n: v for n, v in theirs.items() if n in names or n.startswith("backbone.")}
-            new = _load(theirs, "teacher", teacher, placements(teacher, view.comm), path).fresh
-            _copy(view.module, teacher, new)
+            part = report.others["teacher"] = _load(theirs, "teacher", teacher, placements(teacher, view.comm), path)
+            _copy(view.module, teacher, part.fresh)
         if method is not None:
-            own = reader.tree("method")
-            for name, buffer in method.named_buffers():
-                if name in own and own[name].shape == buffer.shape:
-                    buffer.copy_(own[name])
+            report.others["method"] = _load_method(reader.tree("method"), method)
+        report.others["optimizer"] = _moments(reader, view)
         report.extra = reader.state()["extra"]
     except Damaged as error:
         raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
     return report
+
+
+def _load_method(state: dict[str, Tensor], method: nn.Module) -> Report:
+    """Queue, pointer and centres of the same shape; another's starts fresh, and the report says so."""
+    report = Report([], [], [])
+    for name, buffer in method.named_buffers():
+        if name not in state:
+            report.fresh.append(name)
+        elif state[name].shape != buffer.shape:
+            report.fresh.append(f"{name} ({tuple(state[name].shape)} there, {tuple(buffer.shape)} here)")
+        else:
+            buffer.copy_(state[name])
+            report.loaded.append(name)
+    report.unused = [name for name in state if name not in dict(method.named_buffers())]
+    return report
+
+
+def _moments(reader: Reader, view: FlatView) -> Report:
+    """Which trained parameters go on with their optimizer state."""
+    names = {name.split("/", 2)[2] for name in reader.manifest.tensors if name.startswith("optimizer/")}
+    trained = view.trained()
+    return Report(sorted(trained & names), sorted(trained - names), sorted(names - trained))
 
 
 def _load(

@@ -82,6 +82,10 @@ CRAFTED = {
     "no piece": lambda t: pieces(t).clear(),
     "no pieces": lambda t: t["tensors"][f"student/{BIAS}"].__setitem__("pieces", 5),
     "another key": lambda t: pieces(t)[0].__setitem__(1, "nothing"),
+    "a moment as weight": lambda t: pieces(t)[0].__setitem__(
+        slice(0, 2), ["optimizer-00000.safetensors", f"exp_avg/{BIAS}"]
+    ),
+    "a piece of two": lambda t: t["tensors"].update({f"method/x/{BIAS}": t["tensors"][f"student/{BIAS}"]}),
     "a longer tensor": lambda t: pieces(t)[0].__setitem__(1, WEIGHT),
     "a function as type": lambda t: t["tensors"][f"student/{BIAS}"].__setitem__("dtype", "load"),
     "another type": lambda t: t["tensors"][f"student/{BIAS}"].__setitem__("dtype", "float16"),

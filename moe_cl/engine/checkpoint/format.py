@@ -168,8 +168,9 @@ class Reader:
 
     def json(self, name: str) -> Any:
         """A JSON file of the checkpoint."""
+        path = self.check(name)
         try:
-            return json.loads(self.check(name).read_text())
+            return json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise Damaged(f"{self.path.name}: {name}: {error}") from None
 

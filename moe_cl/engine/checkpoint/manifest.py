@@ -86,18 +86,26 @@ class Manifest:
                 return f"names a file outside the directory ({name!r})"
             if not _whole(entry.bytes) or not isinstance(entry.sha256, str):
                 return f"has no size and sha256 of {name}"
+        used: set[tuple[str, str]] = set()
         for name, entry in self.tensors.items():
             if "/" not in name or not _whole(*entry.shape) or entry.dtype not in NAMED:
                 return f"has no name, shape and type of {name!r}"
-            if complaint := self._cover(entry):
+            if complaint := self._cover(name, entry):
                 return f"{complaint} of {name}"
+            pieces = [(file, key) for file, key, *_ in entry.pieces]
+            if used.intersection(pieces):
+                return f"has a piece of two tensors, one of them {name}"
+            used.update(pieces)
         return None
 
-    def _cover(self, entry: TensorEntry) -> str | None:
+    def _cover(self, name: str, entry: TensorEntry) -> str | None:
+        """Why the pieces of a tensor do not make it: they carry its name, and touch end to end."""
         at = 0
         for file, key, low, high in entry.pieces:
             if file not in self.files or not isinstance(key, str) or not _whole(low, high):
                 return f"has no file, key and range of a piece ({file!r})"
+            if not f"/{name}".endswith(f"/{key.removesuffix(f'[{low}:{high}]')}"):
+                return f"has another tensor's piece ({key!r})"
         for *_, low, high in sorted(entry.pieces, key=lambda piece: piece[2:]):
             if low != at or high <= low < entry.size:
                 return f"has {'two pieces' if low < at else 'no piece'} with element {min(low, at)}"

@@ -20,21 +20,22 @@ MOMENTS = {"AdamW": {"exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}, "LARS
 
 
 def agreed(action: Callable[[], T], comm: Comm) -> T:
-    """What ``action`` (which meets no other rank) gives; Damaged on all ranks if it is on one."""
+    """What ``action`` (which meets no other rank) gives; Damaged or ConfigError on all ranks if it is so on one."""
     out, complaint = None, None
     try:
         out = action()
-    except Damaged as error:
-        complaint = str(error)
-    if first := next((c for c in comm.gather_objects(complaint) if c), None):
-        raise Damaged(first)
+    except ConfigError as error:
+        complaint = isinstance(error, Damaged), str(error)
+    for found in comm.gather_objects(complaint):
+        if found:
+            raise (Damaged if found[0] else ConfigError)(found[1])
     return out
 
 
 def open_verified(path: Path, comm: Comm) -> Reader:
     """A reader of a checkpoint all of whose files are as the manifest says; hashing is dealt out over the ranks.
 
-    Raises Damaged, on every rank the same, or OtherVersion.
+    Raises Damaged, or ConfigError for another format version; on every rank the same.
     """
 
     def open_mine() -> Reader:

@@ -3,7 +3,8 @@
 Legend: n evaluation images, m shown images of which there are two views, g patches a side, P = g*g, T tokens (P, with
 the class token before them where there is one), k experts a token, h heads.
 
-    features (n, d), labels (n,), thumbnails (n, s, s, 3) uint8, class_names, step
+    origin                                               what all of it was made of, JSON (``explain.origin``)
+    features (n, d), labels (n,), thumbnails (n, s, s, 3) uint8, class_names
     routing/L0 (n, T, k), experts/L0                     every MoE layer, evaluation images
     views (m, 2, S, S, 3) uint8, view_labels (m,)        two training views of each shown image
     view_routing/L0 (m, 2, T, k), match (m, P) with -1   patch of view 2 at the same place as each patch of view 1
@@ -13,7 +14,9 @@ the class token before them where there is one), k experts a token, h heads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,3 +36,25 @@ def read(path: Path) -> dict[str, np.ndarray]:
         return {}
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """What the file was made of: journal, step, weights, data, images ...; {} if there is none or it does not say."""
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["origin"])) if "origin" in file.files else {}
+
+
+def of_run(out: Path, journal: str) -> dict[str, np.ndarray]:
+    """The arrays in ``out`` if they are of the run with that journal; {} if an earlier run there left them."""
+    path = out / NAME
+    return read(path) if origin(path).get("journal") == journal else {}
+
+
+def source(arrays: dict[str, np.ndarray]) -> str:
+    """Whose weights and which images the arrays show, for a caption; "" where they do not say."""
+    found = json.loads(str(arrays["origin"])) if "origin" in arrays else {}
+    if not {"weights", "step", "data"} <= found.keys():
+        return ""
+    return f"{found['weights'].capitalize()} at step {found['step']:,}, {found['data']}."

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_cl.config import flatten
 from moe_cl.reports import arrays as explained
-from moe_cl.reports import curves, embeddings, page, router, routing_maps
+from moe_cl.reports import curves, embeddings, measures, page, router, routing_maps
 from moe_cl.reports.run import Run
 from moe_cl.reports.style import Picture
 from moe_cl.tracking.progress import duration
@@ -46,7 +46,7 @@ def write(out: str | Path, label: str | None = None) -> Path:
 
 def figures(run: Run) -> list[Picture]:
     """Every figure that the run has values for."""
-    found = explained.read(run.out / explained.NAME)
+    found = explained.of_run(run.out, run.id)
     looked = [*routing_maps.draw(found), *embeddings.draw(found)]
     return [*curves.draw(curves.CHARTS, [run]), *router.draw(run), *evaluation_curves(run), *looked]
 
@@ -68,18 +68,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def evaluation_curves(run: Run) -> list[Picture]:
-    """Accuracies that were measured more than once."""
+    """Accuracies and other shares that were measured more than once."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in run.evaluations:
         for key, value in line["values"].items():
-            if isinstance(value, (int, float)):
-                found.setdefault(f"{line['name']} {key}", []).append((line["step"], float(value)))
-    lines = []
-    for name, points in found.items():
-        if len(points) > 1 and all(0 <= v <= 1 for _, v in points):
-            x, y = np.array(sorted(points)).T
-            lines.append((name, curves.Series(x, y)))
-    chart = curves.Chart("accuracy", "Accuracy during training", "%", scale=100.0, group="Evaluations")
+            number = measures.in_percent(key, value) if isinstance(value, (int, float)) else None
+            if number is not None:
+                found.setdefault(f"{line['name']} {key}", []).append((line["step"], float(number)))
+    lines = [(n, curves.Series(*np.array(sorted(points)).T)) for n, points in found.items() if len(points) > 1]
+    chart = curves.Chart("accuracy", "Accuracy during training", "%", group="Evaluations")
     return curves.one(chart, lines)
 
 
@@ -95,9 +92,14 @@ def document(run: Run, pictures: Sequence[Picture]) -> str:
         sections.append((name, page.grid(groups.get(name, []), kind=kind)))
     sections += [("Reproduce", reproduce(run)), ("Events", events(run)), ("Configuration", configuration(run))]
     return page.page(
-        run.label, subtitle(run), [(name, ABOUT[name], inner) for name, inner in sections], pictures,
+        run.label, subtitle(run), [(name, about(run, name), inner) for name, inner in sections], pictures,
         status=run.status, lead=page.tiles(headline(run)),
     )  # fmt: skip
+
+
+def about(run: Run, section: str) -> str:
+    """What stands under a section's heading."""
+    return ABOUT[section] + (router.about(run) if section.startswith("Router") else "")
 
 
 def subtitle(run: Run) -> str:
@@ -118,7 +120,9 @@ def headline(run: Run) -> list[tuple[str, str]]:
             out.append((name, f"{run.summary[key]:.2%}"))
     if not out and run.evaluations:
         last = run.evaluations[-1]
-        out += [(f"{last['name']} {k}, step {last['step']}", f"{v:.2%}") for k, v in list(last["values"].items())[:2]]
+        numbers = [(k, v) for k, v in last["values"].items() if isinstance(v, (int, float))]
+        numbers.sort(key=lambda item: measures.in_percent(*item) is None)  # accuracies first
+        out += [(f"{last['name']} {k}, step {last['step']:,}", measures.shown(k, v)) for k, v in numbers[:2]]
     if "loss" in run.series:
         y = run.series["loss"].y
         tail = y[-max(1, len(y) // 50) :]
@@ -164,18 +168,17 @@ def reproduce(run: Run) -> str:
     if not env:
         return ""
     git = env.get("git") or {}
-    rows = [
-        [key.replace("_", " "), str(env[key])]
-        for key in ("folder", "host", "system", "python", "processor", "cores", "memory_gib")
-        if env.get(key)
-    ]
+    names = ("folder", "host", "system", "python", "processor", "cores", "memory_gib")
+    rows = [["memory (GiB)" if key == "memory_gib" else key, str(env[key])] for key in names if env.get(key)]
     rows += [["accelerators", ", ".join(env.get("accelerators") or []) or "none"]]
     if git:
         rows.append(["commit", git["commit"] + (" with uncommitted changes" if git.get("dirty") else "")])
     rows += [[name, version] for name, version in env.get("packages", {}).items()]
     link = run.mlflow.get("link")
     more = f'<p>MLflow: <a href="{page.escape(link)}">{page.escape(link)}</a></p>' if link else ""
-    return page.box(page.command(env.get("command", "")) + more + page.table(["environment", ""], rows, sort=False))
+    return page.box(
+        page.command(env.get("command", "")) + more + page.table(["environment", "value"], rows, sort=False)
+    )
 
 
 def events(run: Run) -> str:
@@ -186,7 +189,7 @@ def events(run: Run) -> str:
     for event in run.events[-500:]:
         text = ", ".join(f"{k}: {v}" for k, v in event.items() if k not in hidden)
         rows.append([(duration(event["time"] - begin), event["time"]), event.get("step"), event["name"], text])
-    return page.box(page.table(["time", "step", "event", ""], rows)) if rows else ""
+    return page.box(page.table(["time", "step", "event", "details"], rows)) if rows else ""
 
 
 def configuration(run: Run) -> str:

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", nargs="+", help="out dir of a run; several are set side by side")
     parser.add_argument("--to", metavar="FILE", help="where the comparison goes (default OUT/comparison.html)")
     parser.add_argument("--data", metavar="PATTERN", help="labelled shards to look at (default the run's eval.test)")
-    parser.add_argument("--samples", type=whole(1), default=2000, help="images of the maps (default %(default)s)")
+    parser.add_argument(
+        "--samples", type=whole(1), default=2000, help="images of the maps at most (default %(default)s)"
+    )
     parser.add_argument("--weights", default="auto", choices=["auto", "teacher", "student"], help="whose encoder")
     parser.add_argument("--journal-only", action="store_true", help="do not run the checkpoint's encoder over images")
     parser.add_argument("--no-track", action="store_true", help="do not send the page to MLflow")
@@ -42,13 +44,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def look(out: Path, args: argparse.Namespace) -> None:
-    """Make ``explain.npz`` if the run has a newer checkpoint; without one the page shows what the journal has."""
+    """Make ``explain.npz`` unless it is there and of the newest checkpoint, these weights, data and number of images.
+
+    Without a checkpoint the page shows what the journal has.
+    """
     from moe_cl.reports import arrays, explain
 
     try:
-        step = explain.newest_step(out)
-        if int(arrays.read(out / arrays.NAME).get("step", -1)) != step or args.data or args.weights != "auto":
-            explain.of_run(out, which=args.weights, samples=args.samples, pattern=args.data)
+        asked = {"which": args.weights, "samples": args.samples, "pattern": args.data}
+        if arrays.origin(out / arrays.NAME) != explain.origin(out, **asked):
+            explain.of_run(out, **asked)
     except ConfigError as error:
         if args.data:
             raise

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_cl.config import ConfigError, flatten
-from moe_cl.reports import build, curves, page
+from moe_cl.reports import build, curves, measures, page
 from moe_cl.reports.curves import Chart, Series
 from moe_cl.reports.router import evenness
 from moe_cl.reports.run import Run
 from moe_cl.reports.style import Picture
 
 ABOUT = {
-    "Results": "Each row a measure, each column a run; the best of a row is bold.",
+    "Results": "Each row a measure, each column a run. Bold is the best of a row, where the runs can be compared: "
+    "accuracies on the same data, losses of the same method, settings, views and batch, times over as many images.",
     "Differences": "Settings that are not the same in all runs.",
     "Training": "One colour a run, over optimizer steps.",
     "Router": "Means over the layers with experts.",
     "All settings": "Rows that differ are marked.",
 }
-LOW_IS_BEST = ("loss", "seconds", "data_wait")
 LEFT_OUT = ("out", "resume")  # of a run's life, not of its settings
 
 
@@ -64,11 +65,12 @@ def accuracy(runs: Sequence[Run]) -> list[Picture]:
             points = [
                 (e["step"], e["values"][key]) for e in run.evaluations if e["name"] == name and key in e["values"]
             ]
-            points = [(x, y) for x, y in points if isinstance(y, (int, float)) and 0 <= y <= 1]
+            points = [(x, measures.in_percent(key, y)) for x, y in points if isinstance(y, (int, float))]
+            points = [(x, y) for x, y in points if y is not None]
             if len(points) > 1:
                 x, y = np.array(sorted(points)).T
                 lines.append((run.label, Series(x, y)))
-        chart = Chart(f"accuracy_{name}_{key}".replace("/", "_"), f"{name} {key}", "%", scale=100.0, group="Training")
+        chart = Chart(f"accuracy_{name}_{key}".replace("/", "_"), f"{name} {key}", "%", group="Training")
         out += curves.one(chart, lines)
     return out
 
@@ -96,40 +98,80 @@ def router(runs: Sequence[Run]) -> list[Picture]:
     return out
 
 
-def results(runs: Sequence[Run]) -> dict[str, list[float | None]]:
-    """Measure -> one value a run."""
-    out: dict[str, list[float | None]] = {}
+@dataclass
+class Result:
+    """A measure: one value a run, and which of them is the best (1 the highest, -1 the lowest, 0 none)."""
 
-    def add(name: str, values: Sequence[Any]) -> None:
+    name: str
+    values: list[float | None]
+    better: int
+
+    def best(self) -> list[bool]:
+        """Which values are the best; none where all are equal."""
+        known = [v for v in self.values if v is not None and np.isfinite(v)]
+        if not self.better or len(set(known)) < 2:
+            return [False] * len(self.values)
+        pick = max(known) if self.better > 0 else min(known)
+        return [v == pick for v in self.values]
+
+
+def results(runs: Sequence[Run]) -> list[Result]:
+    """What the runs came to."""
+    out: list[Result] = []
+
+    def add(name: str, values: Sequence[Any], better: int, comparable: bool = True) -> None:
         if any(v is not None for v in values):
-            out[name] = [float(v) if isinstance(v, (int, float)) else None for v in values]
+            numbers = [float(v) if isinstance(v, (int, float)) else None for v in values]
+            out.append(Result(name, numbers, better if comparable else 0))
 
+    data = same(runs, evaluated_on)
     for key, name in build.NAMES.items():
-        add(name, [run.summary.get(key) for run in runs])
+        add(name, [run.summary.get(key) for run in runs], 1, data)
     last = [{(e["name"], k): v for e in run.evaluations for k, v in e["values"].items()} for run in runs]
     for name, key in sorted({pair for found in last for pair in found}):
-        add(f"{name} {key}, last", [found.get((name, key)) for found in last])
-    for key in ("loss", "images_per_second", "data_wait"):
+        if name != "summary":  # its figures are those above and below
+            add(f"{name} {key}, last", [found.get((name, key)) for found in last], measures.better(key), data)
+    for key, comparable in (("loss", same(runs, objective)), ("images_per_second", True), ("data_wait", True)):
         series = [run.series.get(key) for run in runs]
-        add(
-            f"{key.replace('_', ' ')}, median of the last tenth",
-            [float(np.nanmedian(s.y[-max(1, len(s.y) // 10) :])) if s else None for s in series],
-        )
-    add("training seconds", [run.seconds for run in runs])
-    add("steps", [run.steps for run in runs])
+        tails = [float(np.nanmedian(s.y[-max(1, len(s.y) // 10) :])) if s else None for s in series]
+        add(f"{key.replace('_', ' ')}, median of the last tenth", tails, measures.better(key), comparable)
+    add("training seconds", [run.seconds for run in runs], -1, same(runs, images))
+    add("steps", [run.steps for run in runs], 0)
     return out
 
 
+def same(runs: Sequence[Run], what: Callable[[Run], Any]) -> bool:
+    """Is it the same of all runs?"""
+    first = what(runs[0])
+    return all(what(run) == first for run in runs[1:])
+
+
+def evaluated_on(run: Run) -> list[str]:
+    """The ends of the paths of test and training images: where a data set lies does not matter."""
+    c = flatten(run.config)
+    paths = [str(c.get(key) or c.get("data.train", "")) for key in ("eval.test", "eval.bank")]
+    return ["/".join(Path(path).parts[-2:]) for path in paths]
+
+
+def objective(run: Run) -> dict[str, Any]:
+    """Everything that the number called loss depends on, the weights aside."""
+    c = flatten(run.config)
+    of_loss = ("method", "params.", "views.", "batch.global_batch")
+    return {k: v for k, v in c.items() if k.startswith(of_loss)} | {"on": evaluated_on(run)}
+
+
+def images(run: Run) -> int:
+    """Images that the run was trained on, repeats counted."""
+    return run.steps * int((run.config.get("batch") or {}).get("global_batch") or 1)
+
+
 def results_table(runs: Sequence[Run]) -> str:
-    """The results, the best of each row bold."""
-    rows, best = [], []
-    for name, values in results(runs).items():
-        known = [v for v in values if v is not None and np.isfinite(v)]
-        pick = (min if any(word in name.replace(" ", "_") for word in LOW_IS_BEST) else max)(known) if known else None
-        if name == "steps" or len(set(known)) < 2:
-            pick = None
-        best.append([False, *(v is not None and v == pick for v in values)])
-        rows.append([name, *(None if v is None else int(v) if v == int(v) and abs(v) > 1 else v for v in values)])
+    """The results, the best of each row bold where there is one."""
+    rows = []
+    for result in results(runs):
+        shown = [None if v is None else int(v) if v == int(v) and abs(v) > 1 else v for v in result.values]
+        rows.append([result.name, *shown])
+    best = [[False, *result.best()] for result in results(runs)]
     return page.table(["measure", *(run.label for run in runs)], rows, strong=best)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from moe_cl.reports.run import Run, Series
-from moe_cl.reports.style import SERIES, Picture, figure, picture, thin
+from moe_cl.reports.style import SERIES, Picture, figure, legend, picture, thin
 
 
 @dataclass
@@ -25,6 +25,11 @@ class Chart:
     scale: float = 1.0
     zero: bool = False  # the axis begins at 0
     group: str = "Training"
+    members: int = 1  # neighbouring lines that share a colour and differ by their dashes
+    counts: bool = False  # whole numbers: steps, no running mean; of a stretch of steps the highest
+
+
+DASHES = ("-", "--", ":", "-.")
 
 
 def _is(*names: str) -> Callable[[str], bool]:
@@ -47,8 +52,8 @@ CHARTS = (
         "similarity", "Similarity of pairs", "cosine", _is("health/positive", "health/negative"),
         "Positive pairs should part from negative ones.", group="Health",
     ),
-    Chart("spread", "Spread of the features", "1 = even", _is("health/feature_std"), zero=True,
-          caption="Deviation of unit features x sqrt(width): about 1 is spread, 0 is collapse.", group="Health"),
+    Chart("spread", "Spread of the features", "deviation x sqrt(width)", _is("health/feature_std"), zero=True,
+          caption="Standard deviation of unit features: about 1 is evenly spread, 0 is collapse.", group="Health"),
     Chart("rank", "Effective rank", "dimensions", _is("health/effective_rank"), zero=True, group="Health"),
     Chart("entropy", "Teacher entropy and divergence", "nats", _is("health/teacher_entropy", "health/kl"),
           group="Health"),
@@ -76,9 +81,7 @@ def draw(charts: Sequence[Chart], runs: Sequence[Run]) -> list[Picture]:
                 lines = [(run.label, run.series[key]) for run in runs if key in run.series]
                 title = chart.title if len(keys) == 1 else f"{chart.title}: {_label(key)}"
                 name = chart.name if len(keys) == 1 else f"{chart.name}_{_label(key).replace('/', '_')}"
-                same = Chart(name, title, chart.unit, chart.keys, chart.caption, chart.log, chart.scale, chart.zero)
-                same.group = chart.group
-                out += one(same, [(label, s) for label, s in lines if s.y.ndim == 1])
+                out += one(replace(chart, name=name, title=title), [(label, s) for label, s in lines if s.y.ndim == 1])
     return out
 
 
@@ -94,11 +97,14 @@ def one(chart: Chart, lines: Sequence[tuple[str, Series]]) -> list[Picture]:
     drawing, axes = figure(4.0, 2.4)
     shown = []
     for i, (label, s) in enumerate(lines):
-        colour = SERIES[i % len(SERIES)]
-        style = "-" if i < len(SERIES) else "--"
-        x, y = thin(s.x, s.y * chart.scale)
-        smooth = running_mean(y)
-        if noisy(y, smooth):
+        lap, number = divmod(i // chart.members, len(SERIES))
+        colour, style = SERIES[number], DASHES[(lap * chart.members + i % chart.members) % len(DASHES)]
+        x, y = thin(s.x, s.y * chart.scale, of=np.max if chart.counts else np.mean)
+        smooth = y if chart.counts else running_mean(y)
+        if chart.counts:  # equal counts lie on each other: the earlier line is seen at the sides of the later
+            width = 1.8 + 1.6 * min(3, len(lines) - 1 - i)
+            axes.step(x, y, style, where="post", color=colour, label=label, linewidth=width, clip_on=False)
+        elif noisy(y, smooth):
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=1)
             axes.plot(x, smooth, style, color=colour, label=label)
         else:
@@ -108,7 +114,8 @@ def one(chart: Chart, lines: Sequence[tuple[str, Series]]) -> list[Picture]:
         shown.append((label, colour, x, y))
     finish(axes, chart, [s.y * chart.scale for _, s in lines])
     if len(lines) > 1:
-        drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(3, len(lines)))
+        handles = axes.get_legend_handles_labels()[0]
+        legend(drawing, handles, chart.members if chart.members > 1 else 3, loc="outside upper left")
     return [picture(drawing, chart.name, chart.title, chart.caption, series=shown, unit=chart.unit, group=chart.group)]
 
 
@@ -120,12 +127,17 @@ def finish(axes: object, chart: Chart, values: Sequence[np.ndarray]) -> None:
     every = np.concatenate([v[np.isfinite(v)] for v in values])
     if chart.log and (every > 0).all() and every.max() > 20 * every.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no small raised digits: a phone shows them too
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif chart.zero:
         axes.set_ylim(0, every.max() * 1.08 or 1.0)
     elif np.ptp(every) == 0:
         axes.set_ylim(every[0] - 0.5 * max(abs(every[0]), 1e-6), every[0] + 0.5 * max(abs(every[0]), 1e-6))
     if axes.get_yscale() == "linear":
         axes.ticklabel_format(axis="y", scilimits=(-2, 6), useOffset=False)
+    if chart.counts:
+        axes.set_ylim(0, max(1.0, every.max() * 1.08))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
 

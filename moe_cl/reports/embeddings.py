@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from matplotlib.patches import ConnectionPatch
+from matplotlib.lines import Line2D
 
-from moe_cl.reports.routing_maps import Arrays, _frame, class_name
-from moe_cl.reports.style import BAD, EXPERTS, GOOD, INK, SERIES, Picture, figures, picture
+from moe_cl.reports import marks
+from moe_cl.reports.routing_maps import Arrays, _frame, class_name, signed
+from moe_cl.reports.style import BAD, EXPERTS, GOOD, INK, Picture, figures, legend, picture, repeats
 
 GROUP = "Embeddings"
 
@@ -22,7 +23,7 @@ def draw(arrays: Arrays) -> list[Picture]:
         out.append(attention(arrays))
     if "correspondence" in arrays:
         out.append(correspondence(arrays))
-    return out
+    return [signed(p, arrays) for p in out]
 
 
 def pca(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,10 +50,11 @@ def pca_map(arrays: Arrays) -> Picture:
     ax.set_xlabel(f"first direction ({share[0]:.0%} of the variance)")
     ax.set_ylabel(f"second direction ({share[1]:.0%})")
     if len(present) <= 20:
-        for c in present:
-            ax.plot([], [], "o", color=colours[int(c)], markersize=5, label=class_name(arrays, int(c)))
-        drawing.legend(loc="outside lower center", ncols=3, handletextpad=0.2, columnspacing=1.0)
+        marker = {"marker": "o", "linestyle": "", "markersize": 5}
+        handles = [Line2D([], [], color=colours[int(c)], label=class_name(arrays, int(c)), **marker) for c in present]
+        legend(drawing, handles, 4, loc="outside lower center", handletextpad=0.2, columnspacing=1.0)
     caption = f"Principal components of the features of {len(points):,} images, coloured by class."
+    caption += repeats(len(present), "class")
     return picture(drawing, "pca", "Map of the features", caption, group=GROUP)
 
 
@@ -83,7 +85,7 @@ def neighbours(arrays: Arrays, rows: int = 10, count: int = 6) -> Picture:
                     side.set_color(GOOD if labels[index] == labels[q] else BAD)
                     side.set_linewidth(2)
         name = class_name(arrays, int(labels[q]))
-        axes[r, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+        axes[r, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     right = float((labels[found] == labels[queries][:, None]).mean())
     caption = f"Left the query; green frames are of its class. {right:.0%} of these are."
     return picture(drawing, "neighbours", "Nearest neighbours", caption, group=GROUP)
@@ -119,39 +121,45 @@ def _lit(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def correspondence(arrays: Arrays, links: int = 8) -> Picture:
-    """The regions of view 2 that are most like regions of view 1, the surest of them linked."""
+    """The regions of view 2 that are most like regions of view 1, of the surest of them the places."""
     views, best, similarity = arrays["views"], arrays["correspondence"], arrays["similarity"]
-    match = arrays.get("match")
+    match = arrays.get("match", np.full(best.shape, -1))
     count, _, size = views.shape[:3]
     grid = math.isqrt(best.shape[1])
-    scale = size / grid
-    drawing, axes = figures(count, 2, 4.0, 1.75 * count + 0.2)
+    rows, widths = math.ceil(count / 2), [1, 1, 0.05, 1, 1]
+    drawing, axes = figures(rows, 5, 4.0, 0.98 * rows + 0.3, gridspec_kw={"width_ratios": widths})
     near = total = 0
-    for i in range(count):
-        for v in range(2):
-            axes[i, v].imshow(views[i, v], interpolation="nearest")
-            _frame(axes[i, v])
-        if match is not None:
-            there = np.flatnonzero(match[i] >= 0)
-            near, total = near + int(_close(best[i][there], match[i][there], grid).sum()), total + len(there)
-        for n, p in enumerate(np.argsort(-similarity[i])[:links]):
-            ends = [
-                ((j % grid + 0.5) * scale - 0.5, (j // grid + 0.5) * scale - 0.5) for j in (int(p), int(best[i][p]))
-            ]
-            colour = SERIES[n % len(SERIES)]
-            drawing.add_artist(
-                ConnectionPatch(ends[0], ends[1], "data", "data", axesA=axes[i, 0], axesB=axes[i, 1], color=colour,
-                                linewidth=1.2, shrinkA=0, shrinkB=0)
-            )  # fmt: skip
-            for v, (x, y) in enumerate(ends):
-                axes[i, v].plot(x, y, "o", color=colour, markersize=4, markeredgecolor="white", markeredgewidth=0.6)
-    axes[0, 0].set_title("view 1", color=INK)
-    axes[0, 1].set_title("view 2", color=INK)
-    caption = f"Regions of view 1 linked to the most similar region of view 2 (the {links} surest)."
+    for ax in axes[:, 2]:
+        ax.set_visible(False)
+    for i in range(2 * rows):
+        pair = axes[i // 2, [0, 1] if i % 2 == 0 else [3, 4]]
+        for v, ax in enumerate(pair):
+            ax.set_visible(i < count)
+            _frame(ax)
+            if i < count:
+                ax.imshow(views[i, v], interpolation="nearest")
+            if i < 2:
+                ax.set_title(f"view {v + 1}", color=INK)
+        if i >= count:
+            continue
+        right = (match[i] >= 0) & _close(best[i], match[i], grid)
+        near, total = near + int(right.sum()), total + int((match[i] >= 0).sum())
+        surest = np.argsort(-similarity[i], kind="stable")
+        surest = surest[marks.foremost(surest, best[i][surest], grid, links)]
+        marks.letters(*pair, surest, best[i][surest], right[surest], grid, size)
+    caption = (
+        f"A letter in view 2 is at the region most similar to that with the letter in view 1 (up to {links} an image,"
+        " the surest)."
+    )
     if total:
-        caption += f" Of {total} regions that both views show, {near / total:.0%} find their place within one patch."
+        caption += (
+            " White on black: within one patch of the place that view 1 shows there; black on white: elsewhere, or"
+            f" that place is outside view 2. Of {total} regions that both views show, {near / total:.0%} find theirs."
+        )
+    caption += marks.where(grid)
     return picture(drawing, "correspondence", "Corresponding regions", caption, group=GROUP)
 
 
 def _close(p: np.ndarray, q: np.ndarray, grid: int) -> np.ndarray:
+    """Are the patches p and q at most one patch apart, diagonals too?"""
     return np.maximum(abs(p // grid - q // grid), abs(p % grid - q % grid)) <= 1

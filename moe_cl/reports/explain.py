@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,19 +15,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_cl.config import ConfigError
+from moe_cl.config import ConfigError, RunConfig
 from moe_cl.engine.checkpoint.format import read_manifest
 from moe_cl.evals.features import frozen
-from moe_cl.evals.pretrained import checkpoint_of, load
+from moe_cl.evals.pretrained import checkpoint_of, load, run_config, side
 from moe_cl.reports import arrays as file
 from moe_cl.views.crops import match as overlap
 
 THUMBNAIL = 48  # pixels; larger images are made smaller
 
 
-def newest_step(out: Path) -> int:
-    """The step of the newest complete checkpoint. Raises ConfigError if there is none."""
-    return read_manifest(checkpoint_of(out)).step
+def origin(out: str | Path, *, which: str = "auto", samples: int = 2000, pattern: str | None = None) -> dict[str, Any]:
+    """All that the arrays of ``of_run`` depend on: equal origins, equal arrays. Raises ConfigError as that does."""
+    from moe_cl.data.index import resolve
+    from moe_cl.tracking import redact
+    from moe_cl.tracking.tail import header
+
+    out = Path(out)
+    checkpoint = checkpoint_of(out)
+    manifest, pattern = read_manifest(checkpoint), _pattern(run_config(checkpoint), pattern)
+    shards = [f"{s.samples} {s.sha256}" for s in resolve(pattern).shards]
+    return {
+        "journal": header(out / "journal.jsonl").get("id", ""), "step": manifest.step, "written": manifest.created,
+        "weights": side(checkpoint, which), "data": redact.text(pattern), "images": samples,
+        "shards": hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16],
+    }  # fmt: skip
+
+
+def _pattern(cfg: RunConfig, pattern: str | None) -> str:
+    from moe_cl.evals.sets import beside
+
+    return pattern or cfg.eval.test or beside(cfg.data.train, train=False) or cfg.data.train
 
 
 def of_run(
@@ -34,7 +54,8 @@ def of_run(
     """Make ``OUT/explain.npz`` from the newest checkpoint of the run in ``out``.
 
     Args:
-        which: teacher, student or auto. samples: evaluation images, spread evenly over the set. shown: images drawn.
+        which: teacher, student or auto. samples: evaluation images at most, spread evenly over the set.
+        shown: images drawn as two views.
         pattern: labelled shards; None = the run's eval.test, else the test split beside its training data, else that.
 
     Raises:
@@ -43,16 +64,16 @@ def of_run(
     from moe_cl.data.index import resolve
     from moe_cl.data.labelled import LabelledLoader
     from moe_cl.data.samples import Images, smallest_side
-    from moe_cl.evals.sets import beside
     from moe_cl.views.augment import make_views
     from moe_cl.views.spec import build_spec
 
     out = Path(out)
-    backbone, cfg, step = load(checkpoint_of(out), which)
-    pattern = pattern or cfg.eval.test or beside(cfg.data.train, train=False) or cfg.data.train
+    made_of = origin(out, which=which, samples=samples, pattern=pattern)
+    backbone, cfg, _ = load(checkpoint_of(out), which)
+    pattern = _pattern(cfg, pattern)
     dataset = resolve(pattern)
     size = cfg.eval.size or cfg.views.size
-    stride = max(1, len(dataset) // samples)
+    stride = math.ceil(len(dataset) / samples)
     batches = LabelledLoader(pattern, size, cfg.views.normalize, 64, world=stride, data=cfg.data)
     spec = replace(build_spec(cfg.views), implementation="fast")
     images = Images(dataset, cfg.data, smallest_side(spec))
@@ -62,7 +83,7 @@ def of_run(
     pairs = torch.stack([views[v] for v in range(2) for views, _ in made])
     boxes = torch.stack([torch.stack([box[v] for _, box in made]) for v in range(2)])
     arrays = collect(
-        backbone, batches, pairs, boxes, mean=spec.mean, std=spec.std, step=step,
+        backbone, batches, pairs, boxes, mean=spec.mean, std=spec.std, made_of=made_of,
         class_names=batches.class_names or (), view_labels=images.reader.labels(np.array(ids))[0],
     )  # fmt: skip
     path = out / file.NAME
@@ -78,7 +99,7 @@ def collect(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    step: int,
+    made_of: dict[str, Any],
     class_names: Sequence[str] = (),
     view_labels: Any = None,
     threshold: float = 0.2,
@@ -88,9 +109,11 @@ def collect(
     Args:
         backbone: views in, ``Encoded`` out. batches: (images (b, C, S, S) normalised, labels (b,), ids).
         pairs: (2*m, C, S, S) normalised, view-major. boxes: (2, m, 5) of these views.
-        mean, std: of the normalisation. step: the checkpoint's. threshold: overlap above which patches match.
+        mean, std: of the normalisation. made_of: see ``origin``. threshold: overlap above which patches match.
     """
-    out: dict[str, Any] = {"step": np.int64(step), "class_names": np.array(list(class_names), dtype=str)}
+    out: dict[str, Any] = {
+        "origin": np.array(json.dumps(made_of)), "class_names": np.array(list(class_names), dtype=str),
+    }  # fmt: skip
     with frozen(backbone):
         _evaluation_images(out, backbone, batches, mean, std)
         _pairs(out, backbone, pairs, boxes, mean, std, threshold)

@@ -12,6 +12,7 @@ from moe_cl.reports import style
 from moe_cl.reports.style import Picture
 
 HERE = Path(__file__).parent
+LONG = 20  # letters of a word that may be broken, so that a narrow window does not cut it off
 
 
 def escape(text: Any) -> str:
@@ -56,7 +57,8 @@ def _cell(cell: Any, right: bool, bold: bool) -> str:
     elif isinstance(shown, int) and not isinstance(shown, bool):
         shown = f"{shown:,}"
     key = f' data-value="{escape(value)}"' if right and value is not None else ""
-    kind = " ".join(["n"] * right + ["best"] * bold)
+    long = any(len(word) > LONG for word in str(shown).split())
+    kind = " ".join(["n"] * right + ["best"] * bold + ["long"] * long)
     return f'<td{key} class="{kind}">{escape("–" if shown is None else shown)}</td>'
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.colors import to_rgb
-from matplotlib.patches import ConnectionPatch, Patch
+from matplotlib.patches import Patch
 
+from moe_cl.reports import marks
+from moe_cl.reports.arrays import source
 from moe_cl.reports.router import bar
-from moe_cl.reports.style import AXIS, EXPERTS, INK, Picture, figures, heat, picture
+from moe_cl.reports.style import AXIS, EXPERTS, INK, Picture, figures, heat, legend, picture, repeats
 
 GROUP = "Router, looked into"
+CLASSES = 40  # rows of the map of classes
 Arrays = dict[str, np.ndarray]
 
 
@@ -22,13 +26,19 @@ def draw(arrays: Arrays) -> list[Picture]:
     out = [patches(arrays, layer) for layer in chosen if f"view_routing/{layer}" in arrays]
     out += [classes(arrays, layer) for layer in chosen]
     out += [p for layer in chosen for p in positions(arrays, layer)]
-    return out
+    return [signed(p, arrays) for p in out]
+
+
+def signed(drawn: Picture, arrays: Arrays) -> Picture:
+    """The picture with whose weights and which images it shows at the end of its caption."""
+    return replace(drawn, caption=f"{drawn.caption} {source(arrays)}".strip())
 
 
 def class_name(arrays: Arrays, label: int) -> str:
-    """The name of a class, else its number."""
+    """The name of a class, else its number; the end of a long name is left out."""
     names = arrays.get("class_names", ())
-    return str(names[label]) if 0 <= label < len(names) else str(label)
+    name = str(names[label]) if 0 <= label < len(names) else str(label)
+    return name if len(name) <= 20 else name[:19].rstrip(" ,") + "\u2026"
 
 
 def class_table(arrays: Arrays, layer: str) -> tuple[np.ndarray, np.ndarray]:
@@ -41,24 +51,26 @@ def class_table(arrays: Arrays, layer: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classes(arrays: Arrays, layer: str) -> Picture:
-    """Classes down, experts across."""
+    """Classes down, experts across; of very many classes some, evenly spread."""
     present, table = class_table(arrays, layer)
-    present, table = present[:40], table[:40]
+    every = len(present)
+    rows = np.linspace(0, every - 1, min(CLASSES, every)).round().astype(int)
+    present, table = present[rows], table[rows]
     experts = table.shape[1]
     drawing, axes = figures(1, 1, 4.0, 1.0 + 0.19 * len(present))
     ax = axes[0, 0]
-    high = max(2.0 / experts, float(np.quantile(table, 0.98)))
+    high = math.ceil(20 * max(2.0 / experts, float(np.quantile(table, 0.98))) - 1e-9) / 20  # whole 5 %
     ax.imshow(heat(table, 0, high), aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(present)), [class_name(arrays, int(c)) for c in present])
     ax.set_xticks(range(0, experts, max(1, experts // 8)))
     ax.set_xlabel("expert")
     ax.grid(visible=False)
-    bar(drawing, ax, 100 * high, "% of the class's tokens")
-    return picture(
-        drawing, f"class_expert_{layer}", f"Which classes go to which expert, {layer}",
-        f"{len(arrays['labels']):,} images; a column of one colour: that expert does not look at the class.",
-        group=GROUP,
-    )  # fmt: skip
+    bar(drawing, ax, 100 * high, "% of the class's tokens", over=bool(table.max() > high))
+    caption = f"{len(arrays['labels']):,} images; a column of one colour: that expert does not look at the class."
+    if every > len(rows):
+        caption += f" {len(rows)} of the {every:,} classes, evenly spread over their numbers."
+    title = f"Which classes go to which expert, {layer}"
+    return picture(drawing, f"class_expert_{layer}", title, caption, group=GROUP)
 
 
 def position_table(arrays: Arrays, layer: str) -> np.ndarray | None:
@@ -80,7 +92,7 @@ def positions(arrays: Arrays, layer: str) -> list[Picture]:
     columns = 4
     rows = math.ceil(len(table) / columns)
     drawing, axes = figures(rows, columns, 4.0, 0.35 + 1.0 * rows)
-    high = max(float(table.max()), 1e-6)
+    high = max(math.ceil(20 * float(table.max()) - 1e-9), 1) / 20
     for e, ax in enumerate(axes.flat):
         if e >= len(table):
             ax.set_visible(False)
@@ -96,37 +108,45 @@ def positions(arrays: Arrays, layer: str) -> list[Picture]:
 
 
 def patches(arrays: Arrays, layer: str) -> Picture:
-    """Both views of the shown images, patches coloured by first expert, matched patches linked."""
+    """Both views of the shown images, and between them their patches by first expert; letters on matched patches."""
     views, routing = arrays["views"], arrays[f"view_routing/{layer}"]
     match = arrays.get("match")
-    count, _, size = views.shape[:3]
+    count = len(views)
     grid = math.isqrt(routing.shape[2])
     first = routing[:, :, routing.shape[2] - grid * grid :, 0]
-    drawing, axes = figures(count, 2, 4.0, 1.75 * count + 0.5)
-    agree = total = 0
+    drawing, axes = figures(count, 4, 4.0, 0.98 * count + 0.6)
+    agree = total = lettered = 0
     for i in range(count):
-        for v in range(2):
-            ax = axes[i, v]
-            ax.imshow(overlay(views[i, v], first[i, v].reshape(grid, grid)), interpolation="nearest")
-            _frame(ax)
-        if i == 0:
-            axes[0, 0].set_title("view 1", color=INK)
-            axes[0, 1].set_title("view 2", color=INK)
+        for v, (plain, tinted) in enumerate(((0, 1), (3, 2))):
+            axes[i, plain].imshow(views[i, v], interpolation="nearest")
+            side = overlay(views[i, v], first[i, v].reshape(grid, grid))
+            axes[i, tinted].imshow(side, interpolation="nearest")
         if match is None:
             continue
         linked = np.flatnonzero(match[i] >= 0)
-        same = first[i, 0][linked] == first[i, 1][match[i][linked]]
+        partner = match[i][linked]
+        same = first[i, 0][linked] == first[i, 1][partner]
         agree, total = agree + int(same.sum()), total + len(linked)
-        for p, ok in list(zip(linked, same, strict=True))[:: max(1, len(linked) // 12)]:
-            drawing.add_artist(_link(axes[i, 0], axes[i, 1], int(p), int(match[i][p]), grid, size, bool(ok)))
+        kept = marks.spread(linked, partner, grid)
+        lettered += len(kept)
+        marks.letters(axes[i, 1], axes[i, 2], linked[kept], partner[kept], same[kept], grid, len(side))
+    for ax in axes.flat:
+        _frame(ax)
+    for ax, title in zip(axes[0], ("view 1", "its experts", "its experts", "view 2"), strict=True):
+        ax.set_title(title, color=INK)
     used = np.unique(first)
-    drawing.legend(
-        handles=[Patch(color=EXPERTS[e % len(EXPERTS)], label=f"{e}") for e in used], title="first expert",
-        loc="outside lower center", ncols=min(8, len(used)),
-    )  # fmt: skip
-    caption = "Patches tinted by their first expert."
+    handles = [Patch(color=EXPERTS[e % len(EXPERTS)], label=f"{e}") for e in used]
+    near = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 1.0}
+    legend(drawing, handles, 12, title="first expert", loc="outside lower center", **near)
+    caption = "Outside two views of an image, between them their patches tinted by their first expert."
     if total:
-        caption += f" Lines link patches at the same place (solid: same expert); {agree / total:.0%} of {total} agree."
+        caption += (
+            " Patches with the same letter show the same place: white on black where both go to the same expert first,"
+            f" black on white where not. {agree / total:.0%} of the {total} such patches agree"
+            f"{'' if lettered == total else f', {lettered} have a letter'}."
+        )
+        caption += marks.where(grid)
+    caption += repeats(int(arrays[f"experts/{layer}"]), "expert")
     return picture(drawing, f"patches_{layer}", f"Two views of the same images, {layer}", caption, group=GROUP)
 
 
@@ -142,15 +162,6 @@ def overlay(image: np.ndarray, experts: np.ndarray, strength: float = 0.55) -> n
     edge = np.flatnonzero(np.diff(place)) + 1
     out[edge], out[:, edge] = out[edge] * 0.75, out[:, edge] * 0.75
     return np.round(out * 255).astype(np.uint8)
-
-
-def _link(left: object, right: object, p: int, q: int, grid: int, size: int, same: bool) -> ConnectionPatch:
-    scale = max(1, math.ceil(112 / size)) * size / grid
-    ends = [((n % grid + 0.5) * scale, (n // grid + 0.5) * scale) for n in (p, q)]
-    return ConnectionPatch(
-        ends[0], ends[1], "data", "data", axesA=left, axesB=right, color=INK, alpha=0.9 if same else 0.35,
-        linewidth=1.0 if same else 0.8, linestyle="-" if same else (0, (2, 2)), shrinkA=0, shrinkB=0,
-    )  # fmt: skip
 
 
 def _frame(ax: object) -> None:

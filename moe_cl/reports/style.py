@@ -35,11 +35,12 @@ _TOKENS: dict[str, tuple[str, str]] = {**_THEME, **{f"s{i}": pair for i, pair in
 
 INK, MUTED, GRID, AXIS, SURFACE, GOOD, BAD = (light for light, _ in _THEME.values())
 SERIES = tuple(light for light, _ in _SERIES)
-# Experts need more colours than series do, and the same ones in both themes (they are laid over images).
+# Experts and classes need more colours than series do, and the same ones in both themes (they are laid over images):
+# each has a contrast of 3 or more with the light and with the dark card, and the first eight are furthest apart.
 EXPERTS = (
-    "#2a78d7", "#eb6835", "#1baf7b", "#e8a101", "#4a3aa8", "#e34949", "#e87ba5", "#008301",
-    "#86b6ef", "#f6b08f", "#86dcb9", "#f6d27a", "#a79ddf", "#f3a3a2", "#f4bfd3", "#7fc47f",
-    "#184f95", "#9c3f16", "#0d6b4a", "#8a6000", "#2a2068", "#8d1f1e", "#99355e", "#005200",
+    "#2679d9", "#df6626", "#1a9966", "#a67900", "#8066d9", "#d9534d", "#d95993", "#4d8c13",
+    "#79606c", "#8093ac", "#b34600", "#b34086", "#007960", "#ac79e6", "#796600", "#997379",
+    "#206c9f", "#3993f2", "#468699", "#809900", "#7359ac", "#bf8080", "#b359b9", "#007900",
 )  # fmt: skip
 HEAT = (42, 120, 214)  # blue: its opacity is the value
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -99,6 +100,22 @@ def figures(rows: int, columns: int, width: float, height: float, **options: Any
     out = Figure((width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(out)
     return out, out.subplots(rows, columns, squeeze=False, **options)
+
+
+def legend(drawing: Figure, handles: Sequence[Any], most: int = 3, **options: Any) -> None:
+    """A legend of as many columns (``most`` at most) as the figure is wide enough for; it is read along its rows."""
+    count = len(handles)
+    for columns in range(min(most, count), 0, -1):
+        down = [handles[i] for c in range(columns) for i in range(c, count, columns)]  # matplotlib fills columns
+        made = drawing.legend(handles=down, ncols=columns, **options)
+        if columns == 1 or made.get_window_extent(drawing.canvas.get_renderer()).width <= drawing.bbox.width:
+            return
+        made.remove()
+
+
+def repeats(count: int, what: str) -> str:
+    """What a caption says of colours when there are more experts or classes than colours; else ""."""
+    return f" From the {len(EXPERTS) + 1}th {what} on colours repeat." if count > len(EXPERTS) else ""
 
 
 def picture(
@@ -161,14 +178,14 @@ def _svg(raw: str, title: str, name: str) -> str:
     return text.replace("<svg", head, 1).strip()
 
 
-def thin(x: np.ndarray, y: np.ndarray, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """At most about ``points`` points of a curve: the mean of each stretch of equal length."""
+def thin(x: np.ndarray, y: np.ndarray, points: int = 400, of: Any = np.mean) -> tuple[np.ndarray, np.ndarray]:
+    """At most about ``points`` points of a curve: the mean (or ``of``) of each stretch of equal length."""
     if len(x) <= points:
         return x, y
     edges = np.linspace(0, len(x), points + 1).astype(int)
     with np.errstate(invalid="ignore"):
         return np.array([x[b - 1] for b in edges[1:]]), np.array(
-            [np.mean(y[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            [of(y[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_cl.config import ConfigError
-from moe_cl.reports import build, compare, curves, page, router, style
+from moe_cl.reports import build, compare, curves, measures, page, router, style
 from moe_cl.reports.cli import add_arguments, main
 from moe_cl.reports.run import Run, Series
 from moe_cl.tracking.journal import Journal
@@ -78,15 +78,102 @@ def test_comparison_marks_what_differs(out, tmp_path):
     text = compare.write([out, other], tmp_path / "both.html").read_text()
     assert text.count("class=differs") == 4 and "first and second" in text
     assert len(list((tmp_path / "both_figures").glob("*.png"))) > 10
-    results = compare.results(runs)
-    assert results["kNN, trained"] == [0.8, 0.81] and results["steps"] == [120.0, 90.0]
+    results = {r.name: r for r in compare.results(runs)}
+    assert results["kNN, trained"].values == [0.8, 0.81] and results["kNN, trained"].best() == [False, True]
+    assert results["steps"].values == [120.0, 90.0]
     with pytest.raises(ConfigError, match="twice"):
         compare.write([out, out])
+
+
+def test_bold_is_only_what_can_be_compared(tmp_path):
+    outs = [make_run(tmp_path / name, steps=60, seed=seed) for seed, name in enumerate("ab")]
+
+    def bold(*changes):
+        runs = [Run.load(out) for out in outs]
+        for key, value in changes:
+            section, _, name = key.rpartition(".")
+            (runs[1].config[section] if section else runs[1].config)[name] = value
+        return {r.name.split(",")[0] for r in compare.results(runs) if any(r.best())}
+
+    every = {"kNN", "loss", "knn top1", "training seconds", "images per second", "data wait"}
+    assert bold() >= every - {"knn top1"}  # the same accuracy in both
+    assert "loss" not in bold(("method", "simclr")) and "kNN" in bold(("method", "simclr"))
+    assert "loss" not in bold(("batch.global_batch", 512)) and "loss" in bold(("optim.base_lr", 2.0))
+    assert "training seconds" not in bold(("batch.global_batch", 512))  # as many steps, twice the images
+    assert "kNN" not in bold(("data.train", "other/train")) and "kNN" in bold(("data.train", "/x/shards/train"))
+    other = Run.load(make_run(tmp_path / "c", steps=90))
+    assert not any(next(r for r in compare.results([Run.load(outs[0]), other]) if "seconds" in r.name).best())
+
+
+def test_units_of_evaluations(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for step in (1, 2):
+        journal.step(step, {"loss": 1.0}, "x")
+        journal.evaluation("detection", step, {"bbox/AP": 38.2 - 1 / step, "bbox/AP50": 59.0})
+    found = {p.name: p for p in build.figures(Run.load(tmp_path))}
+    assert [line["y"][0] for line in found["accuracy"].hover["lines"]] == [37.2, 59.0]
+    assert "37.70%" in build.write(tmp_path).read_text()
+    journal.evaluation("correspondence", 2, {"attention/block3/entropy_bits": 2.43, "accuracy": 0.5})
+    assert ("correspondence accuracy, step 2", "50.00%") in build.headline(Run.load(tmp_path))
+    assert ("correspondence attention/block3/entropy_bits, step 2", "2.43") in build.headline(Run.load(tmp_path))
+    assert measures.shown("k10/top1", 0.8) == measures.shown("5-shot/ridge", 0.8) == "80.00%"
+    keys = ("top1", "bbox/AP", "5-shot/ridge", "train_loss", "5-shot/ridge/interval", "similarity", "lr")
+    assert [measures.better(key) for key in keys] == [1, 1, 1, -1, 0, 0, 0]
+
+
+def test_counts_are_counts():
+    y = np.array([3.0] * 40 + [1.0] * 10 + [0.0] * 950)
+    drawn = curves.one(curves.Chart("dead", "D", "experts", counts=True), [("L0", Series(np.arange(1000), y))])[0]
+    assert set(drawn.hover["lines"][0]["y"]) == {3.0, 1.0, 0.0}  # no ramp between them
+    ticks = re.findall(r">([\d.]+)</text>", drawn.svg)
+    assert ticks and not [t for t in ticks if "." in t]
+
+
+def test_legends_fit_and_read_along_rows():
+    for count, most in ((8, 12), (24, 12), (4, 2), (5, 3)):
+        drawing, axes = style.figure(4.0, 2.4)
+        handles = [
+            axes.plot([0, 1], [0, i], label=f"{i}" if count > 5 else f"a longer name {i}")[0] for i in range(count)
+        ]
+        style.legend(drawing, handles, most, title="first expert", loc="outside lower center")
+        drawing.draw_without_rendering()
+        box = drawing.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= drawing.bbox.width, count
+        tops = {t.get_text(): t.get_window_extent() for t in drawing.legends[0].get_texts()}
+        order = sorted(tops, key=lambda name: (-round(tops[name].y0), tops[name].x0))
+        assert order == [h.get_label() for h in handles]
+
+
+def test_colours_of_experts_stand_out_on_both_grounds():
+    def luminance(colour):
+        c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    for ground in style._THEME["surface"]:
+        for colour in style.EXPERTS:
+            low, high = sorted((luminance(colour), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) >= 3.0, (colour, ground)
+    assert len(set(style.EXPERTS)) == 24 and not set(style.EXPERTS) & {light for light, _ in style._TOKENS.values()}
+
+
+def test_layers_with_experts_are_explained(out, text):
+    assert "L0 and L1: the layers with experts, in order from the input (blocks 1, 3 of the network" in text
+    assert "memory (GiB)" in text and '<th scope="col" data-sort="">details</th>' in text
 
 
 def test_labels_tell_runs_apart(tmp_path):
     assert compare.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
     assert compare.labels([tmp_path / "a" / "x", tmp_path / "b" / "y"]) == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", ["environment.json", "summary.json", "config.yaml"])
+@pytest.mark.parametrize("text", ['{"a": "b', "[1]"])
+def test_a_torn_file_is_one_line(tmp_path, name, text):
+    Journal(tmp_path / "journal.jsonl").close()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        getattr(Run.load(tmp_path), name.partition(".")[0])
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_command_line(tmp_path, capsys):
@@ -112,13 +199,3 @@ def test_evenness_and_thinning():
     assert len(few) == 1 and curves.one(curves.Chart("c", "C", "u"), []) == []
     smooth = curves.running_mean(np.array([1.0, np.nan, 3.0] * 50))
     assert np.isfinite(smooth).all() and abs(smooth.mean() - 2) < 0.1
-@pytest.mark.parametrize("name", ["environment.json", "summary.json", "config.yaml"])
-@pytest.mark.parametrize("text", ['{"a": "b', "[1]"])
-def test_a_torn_file_is_one_line(tmp_path, name, text):
-    Journal(tmp_path / "journal.jsonl").close()
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError) as error:
-        getattr(Run.load(tmp_path), name.partition(".")[0])
-    assert name in str(error.value) and "\n" not in str(error.value)
-
-

@@ -6,12 +6,13 @@ import torch
 
 from moe_cl.config import ConfigError, MoEConfig, ViewsConfig
 from moe_cl.models.build import build_backbone
-from moe_cl.reports import arrays, embeddings, explain, routing_maps
+from moe_cl.reports import arrays, embeddings, explain, marks, routing_maps, style
 from moe_cl.views.augment import make_views
 from moe_cl.views.crops import match
 from moe_cl.views.spec import build_spec
 
 SHOWN, SIZE, GRID = 3, 28, 4
+MADE_OF = {"journal": "j", "step": 7, "weights": "teacher", "data": "shards/test"}
 
 
 def made(backbone):
@@ -27,7 +28,7 @@ def made(backbone):
     batches = [(x[i : i + 16], labels[i : i + 16], labels[i : i + 16]) for i in range(0, 40, 16)]
     names = [f"class {i}" for i in range(5)]
     found = explain.collect(
-        backbone, batches, pairs, boxes, mean=spec.mean, std=spec.std, step=7, class_names=names,
+        backbone, batches, pairs, boxes, mean=spec.mean, std=spec.std, made_of=MADE_OF, class_names=names,
         view_labels=labels[:SHOWN],
     )  # fmt: skip
     return found, images, x, pairs, boxes
@@ -83,6 +84,49 @@ def test_every_figure_is_drawn(sparse):
     ]  # fmt: skip
 
 
+def test_letters_say_which_patches_belong_together(sparse):
+    aligned = np.arange(GRID * GRID)
+    assert marks.spread(aligned, aligned, GRID).tolist() == aligned.tolist()  # every pair of aligned views can be told
+    fine = np.arange(196)
+    kept = marks.spread(fine, fine, 14)
+    x, y = kept % 14, kept // 14
+    distance = np.maximum(abs(x[:, None] - x), abs(y[:, None] - y))
+    assert len(kept) == 9 and (distance[~np.eye(9, dtype=bool)] >= 3).all() and len(set(x // 7 + 2 * (y // 7))) == 4
+    assert marks.spread(np.array([0, 5]), np.array([3, 3]), GRID).tolist() == [0]
+    assert marks.spread(fine[:0], fine[:0], 14).tolist() == []
+    assert marks.foremost(np.array([5, 0]), np.array([3, 3]), GRID, 8).tolist() == [0, 1]
+    assert marks.foremost(fine, fine[::-1], 14, 4).tolist() == [0, 3, 6, 9]
+    drawing, axes = style.figures(1, 2, 4, 2)
+    marks.letters(*axes[0], np.array([5, 0, 7]), np.array([6, 2, 6]), [True, False, True], GRID, 28)
+    left = {t.get_text(): t.get_position() for t in axes[0, 0].texts}
+    right = {t.get_text(): (t.get_position(), t.get_color()) for t in axes[0, 1].texts}
+    assert left == {"a": (3, 3), "b": (10, 10), "c": (24, 10)}  # in reading order, in the middles of their patches
+    assert right == {"a": ((17, 3), "#000000"), "bc": ((17, 10), "#ffffff")}
+    found = sparse[1]
+    drawn = routing_maps.patches(found, "L0")
+    matched, one, two = (
+        found["match"] >= 0,
+        found["view_routing/L0"][:, 0, 1:, 0],
+        found["view_routing/L0"][:, 1, 1:, 0],
+    )
+    same = np.concatenate([one[i][m] == two[i][found["match"][i][m]] for i, m in enumerate(matched)])
+    assert f"{same.mean():.0%} of the {matched.sum()} such patches agree" in drawn.caption
+
+
+def test_what_is_left_out_is_said():
+    routing = np.random.default_rng(0).integers(0, 30, (200, 17, 2))
+    found = {"routing/L0": routing, "experts/L0": np.int64(30), "labels": np.arange(200) % 100}
+    drawn = routing_maps.classes(found, "L0")
+    assert "40 of the 100 classes" in drawn.caption
+    found |= {"features": np.random.default_rng(0).normal(size=(200, 8))}
+    assert "From the 25th class on colours repeat" in embeddings.pca_map(found).caption
+    assert style.repeats(24, "expert") == "" and "25th expert" in style.repeats(25, "expert")
+    assert (
+        routing_maps.class_name({"class_names": np.array(["a very long name of a class"])}, 0)
+        == "a very long name of\u2026"
+    )
+
+
 def test_a_dense_network_without_attention_gives_what_it_has():
     backbone = build_backbone("resnet18")
     found = made(backbone)[0]
@@ -101,4 +145,4 @@ def test_neighbours_are_the_most_similar_others():
 def test_an_empty_set_is_said(sparse):
     backbone, _, _, _, pairs, boxes = sparse
     with pytest.raises(ConfigError, match="empty"):
-        explain.collect(backbone, [], pairs, boxes, mean=[0] * 3, std=[1] * 3, step=0)
+        explain.collect(backbone, [], pairs, boxes, mean=[0] * 3, std=[1] * 3, made_of={})

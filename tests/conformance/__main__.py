@@ -1,7 +1,9 @@
 """``python -m tests.conformance --golden DIR [--only PATTERN]``: the project's own code on published values.
 
 One row a comparison (file, case, quantity, largest error, tolerance, ok or FAIL), at the end ``N passed, M failed``;
-exit code 1 when one fails or when a file or an array in DIR was not compared.
+exit code 1 when one fails or when a file or an array in DIR (or a folder in it) was not compared. Files are known by
+the names of their arrays; sizes and settings are theirs. What no array says (heads, top-k, a temperature) is the
+specification's where that fits the values, else what does, and the rows of the file name it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def recipe(z: Golden, report: Report) -> tuple[float, float, float]:
     alphas = list(dict.fromkeys([0.3, *(a for a, t in named if t == threshold)]))
     want = float(z[f"{kind}_loss_clsonly"])
     t = float(z["T"]) if "T" in z else report.fit(
-        "T", [0.2, *HUNDREDTHS], lambda t: abs(float(gates.loss("cls", t)) / want - 1), LOSS)  # fmt: skip
+        "T", [0.2, *HUNDREDTHS], lambda t: abs(gates.loss("cls", t).item() / want - 1), LOSS)  # fmt: skip
     slope = z[f"{kind}_grad_z_q1"]
 
     def off(alpha: float) -> float:
@@ -180,7 +180,7 @@ def ranks(z: Golden, report: Report) -> None:
         named = [float(n) for n in pairs.cases(r"T([\d.]+)_loss_sym$")]
         want = float(z["moco_loss_rank0"])
         at = report.fit("T of moco", list(dict.fromkeys([0.2, *named])),
-                        lambda t: abs(float(moco_loss(t)[0]["loss"]) / want - 1), LOSS)  # fmt: skip
+                        lambda t: abs(moco_loss(t)[0]["loss"].item() / want - 1), LOSS)  # fmt: skip
         for r, values in enumerate(moco_loss(at)):
             for name in ("loss", "grad_q1", "grad_q2"):
                 if f"moco_{name}_rank{r}" in z:

@@ -76,7 +76,7 @@ def _sigma(router: Router, train: bool) -> float:
     """The noise that ``router`` adds to equal logits when it draws a one for expert 0 and zeros for the others."""
     one = torch.eye(router.experts)[:1]
     p = routed(router, torch.zeros(1, len(router.weight)), one, train).probabilities[0, 0].double()
-    return float((p[0] / p[-1]).log()) if router.experts > 1 else 0.0
+    return (p[0] / p[-1]).log().item() if router.experts > 1 else 0.0
 
 
 def _gate_mode(z: Golden, report: Report, case: str, mode: str, x: Tensor, w: Tensor, k: int) -> None:
@@ -90,7 +90,10 @@ def _gate_mode(z: Golden, report: Report, case: str, mode: str, x: Tensor, w: Te
     report.same(name, "choices", routing.indices[:, 0].numpy()[margin > SURE], z[at + "topk_idx"][margin > SURE])
     report.close(name, "weights", routing.weights[:, 0], z[at + "topk_w"], GATE, True)
     report.close(name, "gate vectors", dense(routing), z[at + "activation"], GATE, True)
-    report.close(name, "softmax", routing.probabilities[:, 0], z[at + "softmax_activation"], GATE, True)
+    ours, want = routing.probabilities[:, 0].detach().numpy(), z[at + "softmax_activation"]
+    report.close(name, "softmax", ours, want, GATE, True)
+    seen = want > 1e-30  # of small probabilities the logarithm: what the noise of an unlikely expert did
+    report.close(name, "log softmax", np.log(np.maximum(ours[seen], 1e-37)), np.log(want[seen]), GATE)
     if k < router.experts:
         top = routing.probabilities[:, 0].topk(k + 1).values
         report.close(name, "margins", top[:, k - 1] - top[:, k], margin, GATE, True)

@@ -241,6 +241,13 @@ def rows_of(path: Path, label: str, checks: Mapping[str, Check]) -> list[Row]:
     return report.rows + [Row(label, name, "array", np.inf, 0.0, "was not compared") for name in unused]
 
 
+def whole(value: float) -> int:
+    """A count that a file holds as a real number. Raises ValueError for one that is none."""
+    if value != round(value):
+        raise ValueError(f"{value} is no count")
+    return int(value)
+
+
 def _fits(name: str, pattern: str) -> bool:
     """``pattern`` is a glob or a part of ``name``."""
     return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*{pattern}*")

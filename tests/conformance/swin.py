@@ -26,15 +26,19 @@ from tests.plain import Run, batch_of
 FEATURES = 1e-4  # as the specification has it, of all outputs
 
 
-def swin_options(student: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a Swin from its published state."""
+def swin_options(student: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Sizes of a Swin from its published state; ``size`` of the global crops decides its windows."""
     tables = {k: v.shape for k, v in student.items() if k.endswith("relative_position_bias_table")}
     stages = 1 + max(int(k.split(".")[2]) for k in tables)
     depths = [sum(k.startswith(f"backbone.layers.{s}.") for k in tables) for s in range(stages)]
     heads = [next(v[1] for k, v in tables.items() if k.startswith(f"backbone.layers.{s}.")) for s in range(stages)]
     window = (round(max(v[0] for v in tables.values()) ** 0.5) + 1) // 2
-    return {"dim": student["backbone.patch_embed.proj.weight"].shape[0], "depths": depths, "heads": heads,
-            "window": window}  # fmt: skip
+    dim, channels, patch, _ = student["backbone.patch_embed.proj.weight"].shape
+    hidden = next(v.shape[0] for k, v in student.items() if k.endswith("layers.0.blocks.0.mlp.fc1.weight"))
+    return {
+        "dim": dim, "depths": depths, "heads": heads, "window": window, "img_size": size, "patch_size": patch,
+        "in_chans": channels, "mlp_ratio": hidden / dim,
+    }  # fmt: skip
 
 
 def head_options(student: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,14 +58,13 @@ def _crops(z: Golden, at: str) -> list[int]:
 def swin(z: Golden, report: Report) -> None:
     """Multi-crop forward with both heads, features of the last blocks, attention, decay groups."""
     for case in z.cases(r"(.+?)__sd__"):
-        student = split(z.under(f"{case}__sd__")).student
+        student, sizes = split(z.under(f"{case}__sd__")).student, _crops(z, f"{case}__")
         decayed = {str(n) for key in ("group_decay", "group_nodecay") for n in z[f"{case}__{key}"]}
         frozen = not any("last_layer.weight_g" in n for n in decayed)
         method = esvit.EsViT(esvit.Params(**head_options(student), norm_last_layer=frozen), LocalComm())
-        net = method.build_student(build_backbone("swin", **swin_options(student)))
+        net = method.build_student(build_backbone("swin", **swin_options(student, sizes[0])))
         net.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in student.items()}, strict=True)
         net.eval()
-        sizes = _crops(z, f"{case}__")
         x = [z.tensor(f"{case}__x{size}", torch.float32) for size in sizes]
         with torch.no_grad():
             out = net("encode", x, None, [len(v) for v in x])
@@ -114,7 +117,7 @@ def step(z: Golden, report: Report) -> None:
         freeze_last_layer=int(z["freeze_last_layer"]),
     )
     method = esvit.EsViT(params, LocalComm())
-    options = swin_options(state.student)
+    options = swin_options(state.student, _crops(z, "ep0__")[0])
     nets = [build(build_backbone("swin", **options)) for build in (method.build_student, method.build_teacher)]
     load((method, *nets), state)
     run = Run(method, *nets)

@@ -37,6 +37,21 @@ def test_a_wrong_value_fails(tmp_path, capsys):
     assert len(failed) == 1 and "rank1" in failed[0] and out[-1] == f"{len(out) - 2} passed, 1 failed"
 
 
+@pytest.mark.parametrize("name", ["moco_simclr_ntxent", "moco_v12_loss", "jcl_2proc", "crmoe_moco", "crmoe_sched"])
+def test_every_array_counts(tmp_path, name):
+    """One entry of each array in turn, off by a hundredth of the largest."""
+    with np.load(GOLDEN / f"{name}.npz") as z:
+        arrays = dict(z)
+    unnoticed = []
+    for key, value in arrays.items():
+        wrong = value.astype(float).reshape(-1)
+        wrong[wrong.size // 2] += max(1 if value.dtype.kind == "i" else 0.01 * np.abs(wrong).max(), 1e-2)
+        np.savez(tmp_path / f"{name}.npz", **{**arrays, key: wrong.reshape(value.shape).astype(value.dtype)})
+        if all(r.ok for r in run(tmp_path, CHECKS)):
+            unnoticed.append(key)
+    assert not unnoticed
+
+
 @pytest.mark.parametrize(
     ("name", "extra"),
     [

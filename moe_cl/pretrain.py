@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,11 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 code = guard.stopped(done)
                 track.killed()
                 break
+        else:
+            checkpoints.wait()
+            if unsaved := guard.unsaved(total):
+                track.failed(unsaved, total)
+                code = 1
         checkpoints.wait()
         for event in checkpoints.drain_events():
             track.event(**event)
@@ -174,7 +180,10 @@ def profiling(cfg: RunConfig, number: int, rank: int) -> Iterator[None]:
         spans.start(Path(cfg.out) / f"trace-{rank:05d}.json", rank)
     yield
     if number == last:
-        spans.stop()
+        try:
+            spans.stop()
+        except OSError as error:
+            print(f"warning: no trace of the steps ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
 
 
 def tracking(

@@ -73,8 +73,7 @@ class Guard:
         """
         if self.rank != 0:
             return 0
-        last = store.latest_complete(self.out)
-        kept = "no checkpoint" if last is None else f"the checkpoint of step {store.step_of(last)}"
+        last, kept = self._kept()
         why = "nothing could be saved"
         if last is not None:
             try:
@@ -92,6 +91,20 @@ class Guard:
             flush=True,
         )
         return 1
+
+    def unsaved(self, step: int) -> str:
+        """Why a run whose ``step`` steps are done is not: its last save failed (only rank 0 says so); or nothing."""
+        last, kept = self._kept()
+        if self.rank != 0 or (last is not None and store.step_of(last) >= step):
+            return ""
+        return (
+            f"all {step} steps are done, but not saved: {self.out} has {kept}; make room there, then start again with "
+            "--resume"
+        )
+
+    def _kept(self) -> tuple[Path | None, str]:
+        last = store.latest_complete(self.out)
+        return last, "no checkpoint" if last is None else f"the checkpoint of step {store.step_of(last)}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -101,3 +101,12 @@ def test_a_stop_that_cannot_be_marked_is_said_by_the_exit_code(tmp_path, capsys,
             assert guard.stopped(9) == 1
     line = capsys.readouterr().err
     assert "no requeue mark could be left" in line and "the checkpoint of step 6" in line and line.count("\n") == 1
+
+
+def test_a_run_whose_last_save_failed_is_not_done(tmp_path):
+    with Guard(tmp_path, 0, 1) as guard:
+        assert "not saved: " in guard.unsaved(9) and "has no checkpoint" in guard.unsaved(9)
+        checkpoint(tmp_path, 6)
+        assert "has the checkpoint of step 6" in guard.unsaved(9) and "\n" not in guard.unsaved(9)
+        checkpoint(tmp_path, 9)
+        assert guard.unsaved(9) == ""

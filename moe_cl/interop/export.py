@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -121,8 +122,9 @@ def _make(path: Path, action: Callable[[], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         action()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        why = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be written ({why})") from None
 
 
 def open_encoder(path: Path, which: str = "auto") -> tuple[nn.Module, Settings]:

@@ -54,7 +54,10 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 @torch.no_grad()
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> KeyReport:
-    """Copy what has the same name and shape. BN's batch counter, which old files lack, may be missing."""
+    """Copy what has the same name and shape. BN's batch counter, which old files lack, may be missing.
+
+    Raises ConfigError for values that are no weights: not finite, or of another kind of number than the network's.
+    """
     own, report = module.state_dict(), KeyReport()
     for name, tensor in own.items():
         if name not in state:
@@ -64,10 +67,19 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> KeyReport:
             theirs, ours = tuple(state[name].shape), tuple(tensor.shape)
             report.shapes.append(f"{name}: {theirs} in the file, {ours} in the network")
         else:
+            _usable(name, state[name], tensor)
             tensor.copy_(state[name])
             report.loaded.append(name)
     report.unused = [name for name in state if name not in own]
     return report
+
+
+def _usable(name: str, value: Tensor, own: Tensor) -> None:
+    if value.is_complex() or (own.is_floating_point() and not value.is_floating_point()):
+        kinds = [str(x.dtype).removeprefix("torch.") for x in (value, own)]
+        raise ConfigError(f"{name} is {kinds[0]} in the file, {kinds[1]} in the network; give a file of float weights")
+    if not value.isfinite().all():
+        raise ConfigError(f"{name} has values that are not finite: these weights are broken")
 
 
 def import_file(
@@ -102,7 +114,10 @@ def import_file(
     source = {"file": path.name, "kind": found.kind, "which": which, "recipe": ""}
     settings = Settings(**parts, source=source)
     module = settings.backbone()
-    report = load_into(module, state)
+    try:
+        report = load_into(module, state)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     report.left, report.derived = found.left, found.derived
     if strict and not report.complete:
         why = [*report.shapes, *(f"{n} missing" for n in report.missing), *(f"{n} unused" for n in report.unused)]

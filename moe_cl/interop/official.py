@@ -39,17 +39,21 @@ def split(state: Mapping[str, Any]) -> Official:
     is in ``student``) or the file's mapping.
     """
     if isinstance(state.get("student"), Mapping):
-        both = Official("esvit", split(state["student"]).student, split(state.get("teacher", {}) or {}).student)
-        return both
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+        teacher = state.get("teacher") or {}
+        return Official("esvit", *({_esvit(_bare(k)): v for k, v in s.items()} for s in (state["student"], teacher)))
+    state = {_bare(k): v for k, v in state.items()}
     heads = {k.split(".", 1)[0] for k in state}
     if "encoder_q" in heads:
         return _moco(state)
     if "base_encoder" in heads:
         return _mocov3(state)
-    if any(".last_layer." in f".{k}" or k.startswith(("head.mlp", "layers.0.")) for k in state) or not state:
+    if any(".last_layer." in f".{k}" or k.startswith(("backbone.", "head.mlp", "layers.0.")) for k in state):
         return Official("esvit", {_esvit(k): v for k, v in state.items()})
     raise ConfigError(f"no published checkpoint of MoCo, CR-MoE, EsViT or DINO: names start with {sorted(heads)[:4]}")
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.")
 
 
 def _moco(state: Mapping[str, Any]) -> Official:

@@ -60,6 +60,8 @@ def read(path: Path) -> Published:
         return rename(_rank_files(path))
     if not path.is_file():
         raise ConfigError(f"{path}: no such file or directory")
+    if path.suffix in (".npz", ".npy"):
+        raise ConfigError(f"{path}: arrays for Detectron2 are not read back; export and import safetensors or timm")
     if not path.stat().st_size:
         raise ConfigError(f"{path}: no readable torch file (it is empty)")
     try:
@@ -115,6 +117,11 @@ def _backbone(named: Mapping[str, Tensor], out: Published, prefix: str = "") -> 
 def _tensors(tree: Any) -> dict[str, Tensor]:
     if not isinstance(tree, Mapping) or not tree or not all(isinstance(v, Tensor) for v in tree.values()):
         raise ConfigError("no weight file: it holds no state dict of tensors")
+    if other := [name for name in tree if not isinstance(name, str)]:
+        raise ConfigError(f"no weight file: a tensor of it is called {other[0]!r}, which is no name")
+    for name, value in tree.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ConfigError(f"{name} is quantised, sparse or without values; give a file of plain float weights")
     return {name.removeprefix("module."): value for name, value in tree.items()}
 
 
@@ -140,5 +147,7 @@ def _rank_files(folder: Path) -> dict[str, Tensor]:
             missing = [p.name for p, s in zip(files, states, strict=True) if name not in s]
             if missing:
                 raise ConfigError(f"{folder / missing[0]}: {name} is missing")
+            if len({s[name].shape[1:] for s in states}) > 1 or not out[name].dim():
+                raise ConfigError(f"{folder}: {name} has other shapes in the ranks' files")
             out[name] = torch.cat([s[name] for s in states])
     return out

@@ -121,6 +121,6 @@ def swin_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _moved(name: str, by: int) -> str:
     parts = name.split(".")
-    if parts[0] == "layers" and parts[2] == "downsample":
+    if parts[0] == "layers" and parts[1].isdigit() and parts[2:3] == ["downsample"]:
         parts[1] = str(int(parts[1]) + by)
     return ".".join(parts)

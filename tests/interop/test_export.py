@@ -168,6 +168,27 @@ def test_what_a_format_cannot_hold(tmp_path, capsys, kind, name, out, message):
     assert code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("timm", "x.pth"), ("timm", "x.safetensors"), ("torchvision", "x.pth"), ("detectron2", "x.npz"),
+        ("detectron2", "x.safetensors"), ("safetensors", "x"),
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys, kind, place):
+    make_run(tmp_path / "run", model=DENSE["resnet"][0], moe="none")
+    assert cli.main(["export", kind, "--checkpoint", str(tmp_path / "run"), "--out", f"/proc/{place}"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1, error
+
+
+def test_arrays_for_detectron2_are_not_read_back(tmp_path, capsys):
+    run, *_ = run_of(tmp_path, "resnet")
+    export(capsys, "detectron2", run, tmp_path / "net.npz")
+    assert cli.main(["import", str(tmp_path / "net.npz"), "--out", str(tmp_path / "back")]) == 2
+    assert "export and import safetensors or timm" in capsys.readouterr().err
+
+
 def test_load_names_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         moe_cl.load(tmp_path)

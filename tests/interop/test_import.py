@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ import torchvision
 import moe_cl
 from moe_cl import cli
 from moe_cl.config import ConfigError
+from moe_cl.interop import published
 from moe_cl.interop.importing import import_file
 from moe_cl.models.vit import sincos
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYMAPS = json.loads((GOLDEN / "moco_keymaps.json").read_text())
+HEADS = "model.options.heads=4"  # of the golden ViT
 TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
 
 
@@ -68,6 +71,69 @@ def test_key_maps(tmp_path, published, backbone, tensors, left):
         assert settings.model.options["pos_embed"] == "sincos"
 
 
+def test_mocov3_file_gives_timms_features_and_the_published_loss(tmp_path):
+    """timm's features of the same tensors; and the golden step's loss, through the file's own heads."""
+    z = np.load(GOLDEN / "moco_v3_forward_vit.npz")
+    state, m = golden("moco_v3_forward_vit.npz", "world1/sd0/"), float(z["m"])
+    torch.save({"epoch": 1, "state_dict": {f"module.{n}": v for n, v in state.items()}}, tmp_path / "v3.pth.tar")
+    nets = {}
+    for which in ("student", "teacher"):
+        nets[which], settings, report, _ = import_file(tmp_path / "v3.pth.tar", which=which, overrides=[HEADS])
+        assert report.complete and nets[which].double()
+    own = settings.model.options
+    options = {k: own[k] for k in ("img_size", "patch_size", "depth", "mlp_ratio")} | {"embed_dim": own["dim"]}
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=own["heads"], **options)
+    base = {n.removeprefix("base_encoder."): v for n, v in state.items() if n.startswith("base_encoder.")}
+    theirs.load_state_dict({n: v for n, v in base.items() if not n.startswith("head.")})
+    x = [torch.from_numpy(z[f"world1/x{i}"]) for i in (1, 2)]
+    with torch.no_grad():
+        close(features(nets["student"], x[0]), theirs.double().eval()(x[0]))
+        for k, q in zip(nets["teacher"].parameters(), nets["student"].parameters(), strict=True):
+            k.lerp_(q, 1 - m)  # the EMA comes before the keys
+    for name in [n for n in state if n.startswith("momentum_encoder.head.") and state[n].is_floating_point()]:
+        state[name] = torch.lerp(state[name], state[name.replace("momentum", "base")], 1 - m)
+
+    def head(x, name, layers):
+        for n in range(0, 3 * layers, 3):  # linear, batch norm, ReLU; the last without affine and ReLU
+            affine = [state.get(f"{name}.{n + 1}.{p}") for p in ("weight", "bias")]
+            x = torch.nn.functional.batch_norm(x @ state[f"{name}.{n}.weight"].T, None, None, *affine, training=True)
+            x = x if affine[0] is None else x.relu()
+        return x
+
+    q = [head(head(features(nets["student"], v), "base_encoder.head", 3), "predictor", 2) for v in x]
+    k = [head(features(nets["teacher"], v), "momentum_encoder.head", 3) for v in x]
+    (q1, q2), (k1, k2), t = *([torch.nn.functional.normalize(v) for v in side] for side in (q, k)), float(z["T"])
+    pairs = [torch.nn.functional.cross_entropy(a @ b.T / t, torch.arange(len(a))) for a, b in ((q1, k2), (q2, k1))]
+    assert 2 * t * float(sum(pairs)) == pytest.approx(float(z["world1/loss"]), rel=1e-6)
+
+
+def published_crmoe(state, x, heads, top_k):
+    """CLS features of a published state dict (fused experts), token by token as the paper has it (crmoe.md 1.3)."""
+    f = torch.nn.functional
+    norm = lambda x, name: f.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)  # noqa: E731
+    line = lambda x, name: f.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
+    patch = state["patch_embed.proj.weight"]
+    x = f.conv2d(x, patch, state["patch_embed.proj.bias"], stride=patch.shape[-1]).flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    for block in range(1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks."))):
+        at = f"blocks.{block}"
+        qkv = line(norm(x, f"{at}.norm1"), f"{at}.attn.qkv").unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = (qkv[0] @ qkv[1].transpose(-1, -2) / qkv.shape[-1] ** 0.5).softmax(-1) @ qkv[2]
+        x = x + line(mixed.transpose(1, 2).flatten(2), f"{at}.attn.proj")
+        tokens = norm(x, f"{at}.norm2")
+        if f"{at}.mlp.fc1.weight" in state:
+            x = x + line(f.gelu(line(tokens, f"{at}.mlp.fc1")), f"{at}.mlp.fc2")
+            continue
+        out, at = torch.zeros_like(tokens), f"{at}.mlp.experts"
+        weights, chosen = (tokens @ state[at.replace("experts", "gate.w_gate")]).softmax(-1).topk(top_k)
+        for i, j in np.ndindex(*tokens.shape[:2]):
+            for weight, e in zip(weights[i, j], chosen[i, j], strict=True):
+                hidden = f.gelu(state[f"{at}.htoh4.weight"][e] @ tokens[i, j] + state[f"{at}.htoh4.bias"][e])
+                out[i, j] += weight * (state[f"{at}.h4toh.weight"][e] @ hidden + state[f"{at}.h4toh.bias"][e])
+        x = x + out
+    return norm(x, "norm")[:, 0]
+
+
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_moco_and_jcl_files_give_torchvisions_features(tmp_path, which):
     sides = {s: torchvision.models.resnet18(num_classes=128) for s in ("encoder_q", "encoder_k")}
@@ -108,6 +174,8 @@ def test_crmoe_file_and_folder_of_ranks_route_as_published(tmp_path):
         gate = torch.zeros_like(routing.probabilities).scatter(2, routing.indices, routing.weights)
         close(gate, torch.from_numpy(z[f"q1_gate_layer{layer}"]), 1e-5)
     assert torch.equal(both[0].features, both[1].features)
+    student = golden("crmoe_e2e.npz", "sd/base_encoder.")
+    close(both[0].features, published_crmoe(student, x, 4, top_k), 1e-5)
     with pytest.raises(ConfigError, match="holds 2 of its 4 experts"):
         import_file(folder / "0.pth", overrides=more)
     (folder / "0.pth").rename(folder / "2.pth")
@@ -139,11 +207,13 @@ def test_esvit_gives_its_published_features(tmp_path, window):
     )
 
 
-@pytest.mark.parametrize("form", ["bare", "whole", "timm"])
+@pytest.mark.parametrize("form", ["bare", "whole", "headless", "timm"])
 def test_dino_and_timm_vits(tmp_path, form):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10 if form == "timm" else 0, **TIMM_VIT).eval()
     torch.nn.init.normal_(theirs.cls_token)
     state = theirs.state_dict()
+    if form == "headless":
+        state = {s: {f"module.backbone.{n}": v for n, v in state.items()} for s in ("student", "teacher")}
     if form == "whole":
         head = {"module.head.mlp.0.weight": torch.ones(2, 2), "module.head.last_layer.weight_g": torch.ones(2, 1)}
         teacher = {f"backbone.{n}": v for n, v in state.items()} | {
@@ -154,7 +224,7 @@ def test_dino_and_timm_vits(tmp_path, form):
     torch.save(state, tmp_path / "vit.pth")
     module, settings, report, assumed = import_file(tmp_path / "vit.pth")
     assert settings.model.options["heads"] == 3 and assumed == ["model.options.heads=3"]
-    assert len(report.left) == {"bare": 0, "whole": 4, "timm": 2}[form]
+    assert len(report.left) == {"bare": 0, "whole": 4, "headless": 0, "timm": 2}[form]
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         close(features(module, x), theirs.forward_head(theirs.forward_features(x), pre_logits=True))
@@ -198,6 +268,7 @@ class Evil:
         ({"state_dict": {"conv1.weight": 3}}, "no state dict of tensors"),
         ({}, "no state dict of tensors"),
         ([torch.ones(2)], "no state dict of tensors"),
+        ({0: torch.ones(2)}, "called 0"),
         ({"unknown.weight": torch.ones(2)}, "no ViT, ResNet or Swin"),
         (b"<!DOCTYPE html><html>not found</html>", "no readable torch file|more than tensors"),
         (b"", "no readable torch file"),
@@ -214,6 +285,75 @@ def test_what_is_no_weight_file(tmp_path, capsys, content, message):
         import_file(path)
     assert str(error.value).count("file.pth") == 1 and "\n" not in str(error.value)
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    """torch does not look at the archive's checksums."""
+    path = tmp_path / "net.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="is damaged .* another checksum") as error:
+        import_file(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.mul_(float("nan")), "conv1.weight has values that are not finite"),
+        (lambda x: x.to(torch.int8), "conv1.weight is int8 in the file, float32 in the network"),
+        (lambda x: x.to(torch.complex64), "conv1.weight is complex64"),
+        (lambda x: x.to_sparse(), "conv1.weight is quantised, sparse"),
+        (lambda x: x[:0], r"conv1.weight has shape \(0, 3, 7, 7\)"),
+        (lambda x: x.sum(), r"conv1.weight has shape \(\)"),
+    ],
+)
+def test_values_that_are_no_weights(tmp_path, change, message):
+    state = torchvision.models.resnet18(num_classes=2).state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"])
+    torch.save(state, tmp_path / "net.pth")
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            import_file(tmp_path / "net.pth", strict=strict)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet", "crmoe"])
+def test_any_missing_or_shapeless_tensor_is_one_line(tmp_path, name):
+    """No traceback, whichever tensor it is (a missing batch counter alone is taken: old files have none)."""
+    more = []
+    if name == "vit":
+        state = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TIMM_VIT).state_dict()
+    elif name == "swin":
+        small = {"img_size": 56, "window_size": 7, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+        state = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **small).state_dict()
+        more = ["model.options.img_size=56"]
+    elif name == "resnet":
+        state = torchvision.models.resnet18().state_dict()
+    else:
+        state, more = golden("crmoe_e2e.npz", "sd/"), ["model.options.heads=4"]
+        state = {n: v for n, v in state.items() if not n.startswith(("momentum", "predictor"))}
+    some = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight")  # slow to build
+    for key in state if name != "resnet" else some:
+        if "head." in key or key.endswith(("num_batches_tracked", "relative_position_index", "attn_mask")):
+            continue
+        for value in (None, torch.ones(()), torch.ones(0)):
+            changed = {n: v for n, v in state.items() if n != key} | ({} if value is None else {key: value})
+            with patch.object(published, "read", lambda path, changed=changed: published.rename(changed)):
+                with pytest.raises(ConfigError) as error:
+                    import_file(tmp_path / "net.pth", overrides=more)
+            assert "\n" not in str(error.value)
+
+
+def test_a_stem_for_small_images_is_an_assumption(tmp_path):
+    state = torchvision.models.resnet18(num_classes=2).state_dict()
+    state["conv1.weight"] = torch.randn(64, 3, 3, 3)
+    torch.save(state, tmp_path / "net.pth")
+    module, _, report, assumed = import_file(tmp_path / "net.pth")
+    assert assumed == ["model.options.cifar_stem=True"] and report.complete
+    assert isinstance(module.maxpool, torch.nn.Identity)
 
 
 def test_strict_by_default_and_the_report_always(tmp_path, capsys):

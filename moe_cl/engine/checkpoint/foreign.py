@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,27 @@ _GATE = ".deepspeed_moe.gate.wg.weight"
 
 
 def read_torch(path: Path) -> Any:
-    """What a torch file holds, by the weights-only unpickler. Raises ConfigError for anything it refuses."""
+    """What a torch file holds, by the weights-only unpickler. Raises ConfigError for anything it refuses, and for a
+    damaged file: torch does not look at the checksums of its archive (files from before torch 1.6 have none)."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if not (damaged := _damaged(path)):
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"{path}: not read, because it holds more than tensors and plain values ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]  # torch's EOFError says nothing
         raise ConfigError(f"{path}: no readable torch file ({reason})") from None
+    raise ConfigError(f"{path}: the file is damaged ({damaged} has another checksum); get it again")
+
+
+def _damaged(path: Path) -> str | None:
+    """The first member of the archive whose checksum is not its own; None for whole ones and other files."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""MLflow that cannot hurt a run: a niced child process reads the journal and sends it (``moe_cl.tracking.sender``).
+"""MLflow that cannot hurt a run: a child process of lowest priority reads the journal and sends it (``moe_cl.tracking.sender``).
 
 The training process writes a file (the journal) and nothing else; it talks to no server, and holds only the child's
 standard input, through which the child learns of the end, announced or not. ``python -m moe_cl track sync OUT`` is the
@@ -345,7 +345,10 @@ def main(arguments: Sequence[str]) -> int:
     for number in NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # held since before this process was: none came through
-    os.nice(int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST)))
+    nice = int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST))
+    os.nice(nice)
+    if nice == int(LOWEST) and hasattr(os, "SCHED_IDLE"):  # Linux: niced alone, it pushes a computing thread aside for 4 ms
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     sys.stdout = sys.stderr = redact.Stream(sys.stderr)
     out = Path(arguments[0])
     if (out / LOG).stat().st_size > 1 << 20:

@@ -147,7 +147,7 @@ class Progress:
         """The values in one line."""
         now = now or time.monotonic()
         values, out = dict(self._values), []
-        if now - self._memory_time > 10:  # a walk over all processes: not every step
+        if "memory_gib" not in values and now - self._memory_time > 10:  # a walk over all processes: not every step
             self._memory, self._memory_time = memory_gib(), now
         if self._recent and "images_per_second" in values:  # a single step's rate jumps
             time_taken = sum(t for t, _ in self._recent)

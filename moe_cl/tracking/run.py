@@ -82,6 +82,8 @@ class Tracking:
         self.journal.step(step, values, samples, **more)
         shown = ("loss", "images_per_second", "data_wait")
         self.done, self._shown = step, {name: float(values[name]) for name in shown if name in values}
+        if self._monitor is not None and self._monitor.memory is not None:
+            self._shown["memory_gib"] = self._monitor.memory
         self.progress.update(step, self._shown)
 
     def event(self, name: str, step: int | None = None, **fields: Any) -> None:

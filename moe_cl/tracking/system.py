@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from moe_cl.tracking.journal import Journal
+from moe_cl.tracking.progress import memory_gib
 
 
 def sample(before: dict[str, float] | None = None) -> tuple[dict[str, float], dict[str, float]]:
@@ -70,6 +71,7 @@ class Monitor:
 
     def __init__(self, out: str | Path, seconds: float = 15.0, resume_step: int | None = None):
         self.seconds, self.step, self._stop = seconds, resume_step or 0, threading.Event()
+        self.memory: float | None = None  # GiB of this process and its children; their walk is kept out of the loop
         self.host = re.sub(r"[^\w.-]", "_", socket.gethostname().partition(".")[0]) or "node"
         path = Path(out) / "system" / f"{self.host}.jsonl"
         self._journal = Journal(path, resume_step, max_bytes=8 << 20, keep=4)
@@ -78,7 +80,9 @@ class Monitor:
 
     def _run(self) -> None:
         _, counters = sample()
+        self.memory = memory_gib()
         while not self._stop.wait(self.seconds):
+            self.memory = memory_gib()
             values, counters = sample(counters)
             self._journal.step(self.step, {f"system/{self.host}/{k}": v for k, v in values.items()})
 

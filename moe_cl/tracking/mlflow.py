@@ -1,4 +1,4 @@
-"""MLflow that cannot hurt a run: a child process of lowest priority reads the journal and sends it (``moe_cl.tracking.sender``).
+"""MLflow that cannot hurt a run: a child of lowest priority sends the journal (``moe_cl.tracking.sender``).
 
 The training process writes a file (the journal) and nothing else; it talks to no server, and holds only the child's
 standard input, through which the child learns of the end, announced or not. ``python -m moe_cl track sync OUT`` is the
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # held since before this process was: none came through
     nice = int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST))
     os.nice(nice)
-    if nice == int(LOWEST) and hasattr(os, "SCHED_IDLE"):  # Linux: niced alone, it pushes a computing thread aside for 4 ms
+    if nice == int(LOWEST) and hasattr(os, "SCHED_IDLE"):  # Linux: niced alone, it pushes a computing thread aside
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     sys.stdout = sys.stderr = redact.Stream(sys.stderr)
     out = Path(arguments[0])

@@ -53,6 +53,7 @@ class Guard:
         """Beat before every collective; ``student`` is looked at if a step is not finite. ``timeout``: of collectives,
         seconds."""
         self.heartbeat.attach(comm, engine)
+        self.heartbeat("start of the run")  # the ranks have met: from here on the records are this run's
         if comm.world > 1 and getattr(comm, "device", _CPU).type != _CPU.type:  # gloo raises, and is heard in time
             self._stack.enter_context(Watch(self.heartbeat, comm.world, timeout))
         for module in student.modules():  # expert groups have a comm of their own

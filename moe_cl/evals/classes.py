@@ -31,4 +31,6 @@ def places(train: Sequence[str], test: Sequence[str]) -> list[int] | None:
             f"the test set's classes {', '.join(map(repr, missing[:3]))}{more} are not in the training set "
             f"({', '.join(map(repr, train[:3]))} ...); give --train and --test of the same classes"
         )
+    if twice := [name for name in test if list(train).count(name) > 1]:
+        raise ConfigError(f"the training set has two classes {twice[0]!r}; number both sets' classes alike")
     return [list(train).index(name) for name in test]

@@ -178,8 +178,12 @@ class Context:
         Raises ConfigError for a class that the training set does not have.
         """
         names = (self.class_names.get(name, ()) for name in (self.source(True), source))
-        if labels.ndim > 1 or (to := classes.places(*names)) is None or int(labels.max()) >= len(to):
+        if labels.ndim > 1 or (to := classes.places(*names)) is None:
             return labels
+        if int(labels.max()) >= len(to):
+            raise ConfigError(
+                f"{source}: a label is {int(labels.max())}, but it names {len(to)} classes; index it anew"
+            )
         if self.comm.rank == 0:
             print(f"{source} numbers its classes otherwise than the training set: they are matched by name")
         return torch.tensor(to, device=labels.device)[labels]

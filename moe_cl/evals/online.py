@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, RunConfig
 from moe_cl.data.loader import LabelledLoader
+from moe_cl.evals.classes import places
 from moe_cl.evals.features import encoder, extract, frozen, opened
 from moe_cl.evals.knn import knn
 from moe_cl.models.norm import batch_norms
@@ -57,7 +58,9 @@ def features(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(features, labels) of bank and test set. Raises DataStop or ConfigError, on all ranks, if one cannot read."""
     bank, test = opened(lambda: sets(cfg, comm.rank, comm.world), comm)
-    return extract(encode, bank, comm), extract(encode, test, comm)
+    to = places(bank.class_names, test.class_names)
+    found, (x, y) = extract(encode, bank, comm), extract(encode, test, comm)
+    return found, (x, y if to is None else torch.tensor(to, device=y.device)[y])
 
 
 def online_knn(

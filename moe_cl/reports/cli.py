@@ -48,15 +48,16 @@ def look(out: Path, args: argparse.Namespace) -> None:
 
     Without a checkpoint the page shows what the journal has.
     """
+    from moe_cl.data.faults import DataStop
     from moe_cl.reports import arrays, explain
 
     try:
         asked = {"which": args.weights, "samples": args.samples, "pattern": args.data}
         if arrays.origin(out / arrays.NAME) != explain.origin(out, **asked):
             explain.of_run(out, **asked)
-    except ConfigError as error:
+    except (ConfigError, DataStop, OSError) as error:
         if args.data:
-            raise
+            raise error if isinstance(error, ConfigError) else ConfigError(f"{args.data}: {error}") from error
         print(f"report: figures of the encoder are left out: {error}", file=sys.stderr)
 
 

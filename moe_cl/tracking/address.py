@@ -44,7 +44,8 @@ def kept(out: Path) -> str:
         return embedded(out)
     if redact.HIDDEN not in uri:
         return uri
-    if asked := os.environ.get("MLFLOW_TRACKING_URI"):
+    asked = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if asked and redact.bare(redact.setting(asked)) == redact.bare(uri):  # the same server, with credentials
         return asked
     if redact.HIDDEN in redact.bare(uri) or not os.environ.get("MLFLOW_TRACKING_USERNAME"):
         raise ConfigError(

@@ -333,7 +333,8 @@ def follow(out: Path, parent_pid: int) -> int:
                         sender.state.status = parent.status or "FINISHED"
                     if sender is not None:
                         sender.save()
-                    _say(f"ended with {sender.waiting() if sender else 'all'} points undelivered: track sync {out}")
+                    left = (sender and sender.waiting()) or "some or all"
+                    _say(f"ended with {left} points undelivered: track sync {out}")
                     return 3
                 parent.wait(min(pause, 2.0))
             else:
@@ -348,7 +349,8 @@ def main(arguments: Sequence[str]) -> int:
     nice = int(os.environ.get("MOE_CL_TRACKER_NICE", LOWEST))
     os.nice(nice)
     if nice == int(LOWEST) and hasattr(os, "SCHED_IDLE"):  # Linux: niced alone, it pushes a computing thread aside
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):  # some sandboxes have no such class: it stays niced
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     sys.stdout = sys.stderr = redact.Stream(sys.stderr)
     out = Path(arguments[0])
     if (out / LOG).stat().st_size > 1 << 20:

@@ -52,7 +52,9 @@ def text(value: str) -> str:
     """As ``urls``, and without the secrets of the environment (variables whose name says PASSWORD, TOKEN ...)."""
     value = urls(value)
     for name, secret in os.environ.items():
-        if len(secret) >= 6 and name not in _NO_SECRET and (_SECRET_NAME.search(name) or name.endswith("_TOKEN")):
+        if len(secret) < 6 or name in _NO_SECRET or (secret.startswith("/") and os.path.exists(secret)):
+            continue  # SECRETS_DIR=/shared says where they are, not what
+        if _SECRET_NAME.search(name) or name.endswith("_TOKEN"):
             value = value.replace(secret, HIDDEN)
     return value
 

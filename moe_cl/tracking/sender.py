@@ -184,6 +184,7 @@ class Sender:
         """A new run, with everything."""
         self.state = State(journal=self.state.journal, status=self.state.status)
         self._main, self._tails, self._metrics, self._evaluations = Tail(self.out / JOURNAL), {}, [], []
+        self._events, self._repeated = {}, []
         self._connect()
 
     def _must_live(self, run: Any = None) -> None:

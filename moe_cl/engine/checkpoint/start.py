@@ -35,8 +35,10 @@ def fresh_names(path: str | Path | None, names: Iterable[str]) -> list[str]:
     found = checkpoint_at(Path(path)) if path else None
     if found is None:
         return []
-    known = set(Reader(found).names("student"))
-    return [name for name in names if name not in known]
+    reader, names = Reader(found), list(names)
+    known, late = set(reader.names("student")), set(reader.state().get("fresh") or ())
+    # Without new ones, those that started late there keep a group, and step counts, of their own here too.
+    return [name for name in names if name not in known] or [name for name in names if name in late]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def check(path: str | Path) -> None:
 @torch.no_grad()
 def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
     """Weights into fresh modules; from a checkpoint optimizer state, teacher and method too. Raises ConfigError."""
-    found = checkpoint_at(Path(path))
+    found = view.comm.gather_objects(checkpoint_at(Path(path)))[0]  # its run may be writing and deleting still
     dense = found is not None and _becomes_sparse(view.module, Reader(found).names("student"))
     if found is not None and not dense:
         return _from_checkpoint(found, view, teacher, method)
@@ -91,19 +93,23 @@ def init_from(path: str | Path, view: FlatView, teacher: nn.Module | None, metho
 def _from_checkpoint(path: Path, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
     try:
         reader = restore.open_verified(path, view.comm)
-        report = _load(reader.tree("student"), "student", view.module, view.places, path)
-        restore.refresh_masters(view)
-        restore.load_optimizer(reader, view, report.fresh, strict=False)
-        if teacher is not None:
-            theirs = reader.tree("teacher") or reader.tree("student")
-            part = report.others["teacher"] = _load(theirs, "teacher", teacher, placements(teacher, view.comm), path)
-            _copy(view.module, teacher, part.fresh)
-        if method is not None:
-            report.others["method"] = _load_method(reader.tree("method"), method)
-        report.others["optimizer"] = _moments(reader, view)
-        report.extra = reader.state()["extra"]
+        return restore.agreed(lambda: _go_on(reader, view, teacher, method), view.comm)
     except Damaged as error:
         raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+
+
+def _go_on(reader: Reader, view: FlatView, teacher: nn.Module | None, method: nn.Module | None) -> Report:
+    report = _load(reader.tree("student"), "student", view.module, view.places, reader.path)
+    restore.refresh_masters(view)
+    restore.load_optimizer(reader, view, report.fresh, strict=False)
+    if teacher is not None:
+        theirs, places = reader.tree("teacher") or reader.tree("student"), placements(teacher, view.comm)
+        part = report.others["teacher"] = _load(theirs, "teacher", teacher, places, reader.path)
+        _copy(view.module, teacher, part.fresh)
+    if method is not None:
+        report.others["method"] = _load_method(reader.tree("method"), method)
+    report.others["optimizer"] = _moments(reader, view)
+    report.extra = reader.state()["extra"]
     return report
 
 

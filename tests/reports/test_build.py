@@ -96,7 +96,8 @@ def test_bold_is_only_what_can_be_compared(tmp_path):
         return {r.name.split(",")[0] for r in compare.results(runs) if any(r.best())}
 
     every = {"kNN", "loss", "knn top1", "training seconds", "images per second", "data wait"}
-    assert bold() >= every - {"knn top1"}  # the same accuracy in both
+    # The same accuracy in both; seconds of runs that are only written may be the same too.
+    assert bold() >= every - {"knn top1", "training seconds"}
     assert "loss" not in bold(("method", "simclr")) and "kNN" in bold(("method", "simclr"))
     assert "loss" not in bold(("batch.global_batch", 512)) and "loss" in bold(("optim.base_lr", 2.0))
     assert "training seconds" not in bold(("batch.global_batch", 512))  # as many steps, twice the images

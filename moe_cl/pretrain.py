@@ -129,7 +129,6 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             if unsaved := guard.unsaved(total):
                 track.failed(unsaved, total)
                 code = 1
-        checkpoints.wait()
         for event in checkpoints.drain_events():
             track.event(**event)
     return code

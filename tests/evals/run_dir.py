@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.cli import main as data_prep
 from moe_cl import config, methods
 from moe_cl.comm import LocalComm
 from moe_cl.config import EvalConfig, ModelConfig, MoEConfig, RunConfig, ViewsConfig, build
@@ -73,3 +74,12 @@ def make_dtd(root: Path, images: Path) -> None:
     files = sorted(p.relative_to(root / "images") for p in (root / "images").rglob("*.png"))
     for number, split in enumerate(("train", "val", "test")):
         (root / "labels" / f"{split}1.txt").write_text("\n".join(map(str, files[number::3])))
+
+
+def make_shards(folder: Path) -> Path:
+    """``make_images`` as a sharded set with ``train`` and ``test``; the set's directory."""
+    images, out = make_images(folder / "images"), folder / "set"
+    for split in ("train", "test"):
+        options = ["--split", split, "--out", str(out), "--name", "set", "--workers", "1"]
+        assert data_prep(["shard", str(images / split), *options]) == 0
+    return out

@@ -6,20 +6,15 @@ import json
 
 import pytest
 
-from data_prep.cli import main as data_prep
 from moe_cl import config
 from moe_cl.cli import main
 from moe_cl.evals.sets import beside
-from tests.evals.run_dir import make_images, make_run
+from tests.evals.run_dir import make_run, make_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    images, out = make_images(tmp_path_factory.mktemp("images")), tmp_path_factory.mktemp("shards") / "set"
-    for split in ("train", "test"):
-        options = ["--split", split, "--out", str(out), "--name", "set", "--workers", "1"]
-        assert data_prep(["shard", str(images / split), *options]) == 0
-    return out
+    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def test_summary_finds_them_and_says_so(shards, tmp_path, capsys):

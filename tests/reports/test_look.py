@@ -6,22 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.cli import main as data_prep
 from moe_cl import config
 from moe_cl.engine.checkpoint.format import MANIFEST, Reader, TensorEntry, read_manifest, write_shard
 from moe_cl.reports import arrays, build, cli
 from moe_cl.reports.run import Run
 from moe_cl.tracking.journal import Journal
-from tests.evals.run_dir import make_images, make_run
+from tests.evals.run_dir import make_run, make_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    images, out = make_images(tmp_path_factory.mktemp("images")), tmp_path_factory.mktemp("shards") / "set"
-    for split in ("train", "test"):
-        options = ["--split", split, "--out", str(out), "--name", "set", "--workers", "1"]
-        assert data_prep(["shard", str(images / split), *options]) == 0
-    return out
+    return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 def journal_of(out):

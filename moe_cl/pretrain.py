@@ -121,7 +121,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 checkpoints.wait()
                 if lost := data_lost(ahead, comm, track, done):
                     return lost
-                code = guard.stopped(done)
+                code = guard.stopped(done, began=state["step"])
                 track.killed()
                 break
         else:

@@ -262,6 +262,30 @@ def test_a_full_disk_leaves_journal_heartbeat_and_signals_in_order(shards, tmp_p
         sum("Traceback" in line for line in said) == 0
         and f"goes on from the checkpoint of step {last}, not" in said[-1]
     )
+    again_on_a_full_disk(out, options, last)
+
+
+def resumed(out):
+    return any(line.get("name") == "resume" for line in read(out / "journal.jsonl"))
+
+
+def again_on_a_full_disk(out, options, last):
+    """The requeued start saves nothing either: it asks for no other, and what there was stays."""
+    command = [sys.executable, "-m", "moe_cl", "pretrain", *options, "--resume", "checkpoint.every_steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not resumed(out) or steps(out)[-1]["step"] <= last:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and not (out / "requeue").exists(), said[-2000:]
+    assert f"nothing could be saved since its start at step {last}" in said and "Traceback" not in said, said[-2000:]
+    assert store.step_of(store.latest_complete(out)) == last
 
 
 def test_profile_writes_named_spans(shards, tmp_path):

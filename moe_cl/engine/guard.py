@@ -66,17 +66,18 @@ class Guard:
         self._now, self.heartbeat.step = (step, batches), step
         self.heartbeat("begin of the step")
 
-    def stopped(self, step: int) -> int:
+    def stopped(self, step: int, began: int = 0) -> int:
         """All ranks stop after ``step`` steps on request; returns this rank's exit code.
 
-        Rank 0 leaves the requeue mark. If the save failed, an older checkpoint is as good to go on from; without any,
-        or if the mark cannot be written either, the code is 1: nobody must take the run for done.
+        Rank 0 leaves the requeue mark. If the save failed, an older checkpoint of this start, which ``began`` after
+        that many steps, is as good to go on from. Without any (another start would make the same steps for nothing, and
+        so would the next), or if the mark cannot be written either, the code is 1: nobody must take the run for done.
         """
         if self.rank != 0:
             return 0
         last, kept = self._kept()
-        why = "nothing could be saved"
-        if last is not None:
+        why = f"nothing could be saved since its start at step {began}" if began else "nothing could be saved"
+        if last is not None and store.step_of(last) > began:
             try:
                 mark_requeue(self.out, store.step_of(last), self.signals.name or "another rank was signalled")
             except OSError as error:

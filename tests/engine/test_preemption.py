@@ -94,6 +94,20 @@ def test_a_stop_whose_save_failed_is_not_taken_for_the_end(tmp_path, capsys, sav
     assert saved or "nothing could be saved" in line and "--resume" in line
 
 
+@pytest.mark.parametrize(("began", "saved", "marked"), [(6, 6, False), (4, 6, True), (6, 9, True)])
+def test_a_start_that_saved_nothing_asks_for_no_other(tmp_path, capsys, began, saved, marked):
+    """A disk that stays full must not send a job round and round through the queue."""
+    checkpoint(tmp_path, saved)
+    with Guard(tmp_path, 0, 1) as guard:
+        code = guard.stopped(9, began=began)
+    line = capsys.readouterr().err
+    assert (code, (tmp_path / "requeue").exists()) == ((0, True) if marked else (1, False))
+    assert store.step_of(store.latest_complete(tmp_path)) == saved
+    if not marked:
+        assert "nothing could be saved since its start at step 6" in line and line.count("\n") == 1
+        assert "has the checkpoint of step 6; make room there, then start again with --resume" in line
+
+
 def test_a_stop_that_cannot_be_marked_is_said_by_the_exit_code(tmp_path, capsys, no_room):
     with Guard(tmp_path, 0, 1) as guard:
         checkpoint(tmp_path, 6)

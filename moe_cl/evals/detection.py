@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import io
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from moe_cl.evals.coco import CocoImages
 
 if TYPE_CHECKING:
     from moe_cl.evals.context import Context
+    from moe_cl.evals.regions import Draws
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,18 @@ def batches(data: CocoImages, schedule: Schedule, seed: int, comm: Comm) -> Iter
         while len(order) < schedule.batch:
             order = np.concatenate([order, np.random.default_rng([seed, epoch]).permutation(indices)])
             epoch += 1
-        mine = order[: schedule.batch][comm.rank :: comm.world]
         items = []
-        for offset, i in enumerate(mine):
-            image, target = data[int(i)]
-            flip = np.random.default_rng([seed, 1, position + offset * comm.world + comm.rank]).random() < 0.5
+        for place in places(schedule, comm):
+            image, target = data[int(order[place])]
+            flip = np.random.default_rng([seed, 1, position + place]).random() < 0.5
             items.append(mirror(image, target) if flip else (image, target))
         order, position = order[schedule.batch :], position + schedule.batch
         yield [image for image, _ in items], [target for _, target in items]
+
+
+def places(schedule: Schedule, comm: Comm) -> range:
+    """Where this rank's images of a batch stand in the global one."""
+    return range(comm.rank, schedule.batch, comm.world)
 
 
 # COCO's person: left and right eyes, ears, shoulders ... change places in the mirror
@@ -104,23 +110,26 @@ def train(
     model: nn.Module, data: CocoImages, schedule: Schedule, *, seed: int = 0, comm: Comm | None = None,
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
 ) -> list[float]:  # fmt: skip
-    """Fine-tune ``model`` in place; returns the loss of every iteration."""
+    """Fine-tune ``model`` in place; returns the loss of every iteration, the mean over the ranks."""
+    from moe_cl.evals.regions import keyed
+
     comm, device = comm or LocalComm(), torch.device(device)
     if not data.trainable():
         raise ConfigError("eval detection: no training image has a box")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=0.9, weight_decay=1e-4)
     model.to(device).train()
-    losses, source = [], batches(data, schedule, seed, comm)
-    torch.manual_seed(seed * 1000 + comm.rank)  # regions and anchors are sampled
+    losses, source, draws = [], batches(data, schedule, seed, comm), keyed(model)
     for iteration in counted(range(schedule.iterations), "detector", "iterations", show=comm.rank == 0):
         images, targets = next(source)
         optimizer.param_groups[0]["lr"] = schedule.rate(iteration)
         images = [x.to(device) for x in images]
         targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
+        draws.at(seed, iteration, places(schedule, comm))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = sum(model(images, targets).values())
-        if not torch.isfinite(comm.all_reduce(loss.detach(), "mean")):
+        losses.append(float(comm.all_reduce(loss.detach(), "mean")))
+        if not math.isfinite(losses[-1]):
             raise ConfigError(
                 f"detection: the loss is not finite at iteration {iteration}; lower --lr or warm up longer"
             )
@@ -128,7 +137,6 @@ def train(
         loss.backward()
         mean_gradients(trained, comm)
         optimizer.step()
-        losses.append(float(loss.detach()))
     return losses
 
 
@@ -213,6 +221,7 @@ def run(ctx: Context) -> dict[str, float]:
     from moe_cl.evals.detectors import build_detector, precise_norms
     from moe_cl.evals.features import opened
     from moe_cl.evals.record import record
+    from moe_cl.evals.regions import keyed
 
     args, comm = ctx.args, ctx.comm
     schedule = SCHEDULES[args.schedule].scaled(args.train_batch)
@@ -236,8 +245,7 @@ def run(ctx: Context) -> dict[str, float]:
         seed = args.seed + trial
         losses = train(model, data, schedule, seed=seed, comm=comm, device=ctx.device, dtype=DTYPES[args.dtype])
         if args.precise_bn:
-            source = batches(data, schedule, seed + 1, comm)
-            precise_norms(model, (_moved(next(source), ctx.device) for _ in range(args.precise_bn)))  # one at a time
+            precise_norms(model, _more(args.precise_bn, data, schedule, seed + 1, comm, keyed(model), ctx.device))
         trials.append(score(test, detect(model, test, comm, ctx.device)) | {"train_loss": losses[-1]})
     values = {k: statistics.fmean(t[k] for t in trials) for k in trials[0]}
     if comm.rank == 0:
@@ -261,6 +269,10 @@ def _sets(args: argparse.Namespace) -> tuple[CocoImages, CocoImages]:
     return data, test
 
 
-def _moved(batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: torch.device) -> tuple[list[Any], list[Any]]:
-    images, targets = batch
-    return [x.to(device) for x in images], [{k: v.to(device) for k, v in t.items()} for t in targets]
+def _more(
+    count: int, data: CocoImages, schedule: Schedule, seed: int, comm: Comm, draws: Draws, device: torch.device
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """``count`` batches for the statistics before the test, made one at a time, each with the draws of its images."""
+    for step, (images, targets) in zip(range(count), batches(data, schedule, seed, comm), strict=False):
+        draws.at(seed, step, places(schedule, comm))
+        yield [x.to(device) for x in images], [{k: v.to(device) for k, v in t.items()} for t in targets]

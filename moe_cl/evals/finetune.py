@@ -2,7 +2,8 @@
 
 AdamW, lr = base * B/512, cosine with warm-up, mixup and cutmix, RandAugment, erasing, label smoothing, stochastic
 depth, repeated augmentation (Touvron et al. 2021; crmoe.md 3.3, moco_jcl.md section 3). Augmentations are timm's, their
-random numbers a function of (seed, epoch, image, repeat). The accuracy after the last epoch is reported, not the best.
+random numbers a function of (seed, epoch, image, repeat); mixing's are of (seed, step), stochastic depth's of (seed,
+step, place in the global batch). The accuracy after the last epoch is reported, not the best.
 Semi-supervised runs take part of the training set, by seed or by a list, and may start from the first projector layer.
 """
 
@@ -142,14 +143,32 @@ def order(chosen: np.ndarray, epoch: int, recipe: Recipe, seed: int, rank: int, 
     """This rank's batches of (epoch, image, repeat) of one epoch; the global batches do not depend on the ranks.
 
     With repeats the epoch keeps its length: the first len(chosen) of the repeated order (DeiT's sampler). A last batch
-    that is smaller is left out unless it is the only one.
+    that is smaller is left out unless it is the only one; where images are mixed, the last one without a partner too.
     """
     shuffled = np.random.default_rng([seed, epoch]).permutation(chosen)
     keys = [(epoch, int(i), r) for i in shuffled for r in range(recipe.repeats)][: len(chosen)]
     batches = [keys[at : at + recipe.batch] for at in range(0, len(keys), recipe.batch)]
     if len(batches) > 1 and len(batches[-1]) < recipe.batch:
         batches.pop()
-    return [batch[rank::world] for batch in batches]
+    mine = places(len(batches[0]), recipe, rank, world)
+    return [[batch[place] for place in mine] for batch in batches]
+
+
+def mixes(recipe: Recipe) -> bool:
+    """Whether images are mixed in pairs."""
+    return bool(recipe.mixup or recipe.cutmix)
+
+
+def places(count: int, recipe: Recipe, rank: int, world: int) -> list[int]:
+    """Where this rank's images stand in a global batch of ``count``.
+
+    Where images are mixed, place p and its partner, the p-th from the end, are on one rank and partners again there:
+    timm's mixing of a rank's part is then that of the global batch.
+    """
+    if not mixes(recipe) or count < 2:
+        return list(range(rank, count, world))
+    first = list(range(rank, count // 2, world))
+    return first + [count // 2 * 2 - 1 - place for place in reversed(first)]
 
 
 class Classifier(nn.Module):
@@ -168,8 +187,9 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.backbone([x]).features
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Scores (N, classes) of images (N, C, S, S); ``keys`` (N,): of their random numbers, None = torch's."""
+        x = self.backbone([x], keys).features
         return self.head(x if self.first is None else self.first(x))
 
 
@@ -198,10 +218,13 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups(model, recipe.weight_decay), lr=0.0)
     mix = None
-    if recipe.mixup or recipe.cutmix:
+    if mixes(recipe):
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     data = Augmented(images, chosen, ctx.size, ctx.normalize, recipe, args.seed)
     dtype, losses, step = DTYPES[args.dtype], [], 0
+    parts = [places(min(recipe.batch, len(chosen)), recipe, rank, comm.world) for rank in range(comm.world)]
+    mine = parts[comm.rank]
+    share = len(mine) * comm.world / sum(map(len, parts))  # gradients are a mean over ranks: 1 where parts are equal
     for epoch in range(recipe.epochs):
         batches = order(chosen, epoch, recipe, args.seed, comm.rank, comm.world)
         total = torch.zeros((), device=ctx.device)
@@ -211,12 +234,13 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), recipe)
             x, y = x.to(ctx.device), y.to(ctx.device)
-            with seeded(args.seed, epoch, number, comm.rank, 1):
-                if mix is not None and len(x) > 1:
-                    x, y = mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes pairs
-                with torch.autocast(ctx.device.type, dtype, enabled=dtype is not None):
-                    scores = model(x)
-            loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing if y.ndim == 1 else 0.0)
+            if mix is not None and len(x) > 1:
+                with seeded(args.seed, epoch, number, 0, 1):
+                    x, y = mix(x, y)
+            keys = rng.sample_keys(args.seed, step, torch.tensor(mine, device=ctx.device))
+            with torch.autocast(ctx.device.type, dtype, enabled=dtype is not None):
+                scores = model(x, keys)
+            loss = F.cross_entropy(scores.float(), y, label_smoothing=recipe.smoothing if y.ndim == 1 else 0.0) * share
             optimizer.zero_grad()
             loss.backward()
             mean_gradients(trained, comm)
@@ -267,8 +291,7 @@ def run(ctx: Context) -> dict[str, Any]:
     classes = 1 + max(subset.labels_of(images))
     ctx.class_names[ctx.source(True)] = names = class_names(images)
     places(names, getattr(ctx.loader(False), "class_names", None) or ())  # refused before the training, not after it
-    if min(recipe.batch, len(chosen)) < ctx.comm.world:
-        raise ConfigError(f"{len(chosen)} training images are fewer than the {ctx.comm.world} ranks")
+    _check_shares(min(recipe.batch, len(chosen)), recipe, ctx.comm.world)
     first = _first_layer(Path(args.checkpoint), ctx.which) if args.first_layer else None
     torch.manual_seed(args.seed)
     model = Classifier(ctx.backbone, classes, first).to(ctx.device).train()
@@ -293,6 +316,17 @@ def run(ctx: Context) -> dict[str, Any]:
         more = {"losses": losses}
         record(ctx.out, ctx.name, ctx.step, values, setting, columns=columns, rows=rows, more=more)
     return values
+
+
+def _check_shares(batch: int, recipe: Recipe, world: int) -> None:
+    """Every rank has a part of a global batch of ``batch`` images. Raises ConfigError."""
+    pairs = mixes(recipe) and world > 1
+    if (least := world * (1 + pairs)) > batch:
+        why = " that mix images in pairs" if pairs else ""
+        raise ConfigError(
+            f"{batch} training images a batch are too few for {world} ranks{why}: take {least} or more "
+            "(--train-batch, --fraction), or fewer ranks"
+        )
 
 
 def _first_layer(checkpoint: Path, which: str) -> Tensor:

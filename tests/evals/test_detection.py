@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from moe_cl.cli import main
 from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import ConfigError, ModelConfig
 from moe_cl.evals.coco import CocoImages, voc_to_coco
-from moe_cl.evals.detection import SCHEDULES, Schedule, batches, detect, mirror, score
+from moe_cl.evals.detection import SCHEDULES, Schedule, batches, detect, mirror, score, train
 from moe_cl.evals.detectors import build_detector, precise_norms
+from moe_cl.evals.regions import Draws, KeyedSampler
 from moe_cl.models.build import build_backbone
 from moe_cl.models.norm import BatchNorm, batch_norms
 from tests.evals.run_dir import make_run
@@ -134,6 +136,44 @@ def test_ranks_share_the_global_batches(coco):
             mine_images, mine_targets = parts[i % 2][number]
             assert torch.equal(mine_images[i // 2], images[i])
             assert torch.equal(mine_targets[i // 2]["boxes"], targets[i]["boxes"])
+
+
+def one_rank(comm, folder):
+    torch.manual_seed(0)
+    model = build_detector(build_backbone("resnet18"), "box_fpn", 3, min_size=(48, 64), max_size=64, rois=8, comm=comm)
+    sizes = []
+    model.transform.register_forward_hook(lambda _, __, out: sizes.append(out[0].image_sizes))
+    return train(model, opened(folder), Schedule(2, (), 0, 0.005, 4), seed=5, comm=comm), sizes
+
+
+@pytest.mark.processes
+def test_ranks_draw_the_same_sides_and_regions(coco, pool):
+    (whole, sizes), *_ = pool.run(1, one_rank, coco[0])
+    parts = pool.run(2, one_rank, coco[0])
+    for step, want in enumerate(sizes):
+        assert [parts[place % 2][1][step][place // 2] for place in range(4)] == want
+    assert len({size for step in sizes for size in step}) == 2
+    assert parts[0][0] == parts[1][0]
+    np.testing.assert_allclose(parts[0][0], whole, rtol=2e-2)
+
+
+def test_an_image_has_the_same_draws_beside_any_others():
+    like = BalancedPositiveNegativeSampler(6, 0.5)
+    labels = [(torch.arange(40) * (place + 3) % 7 == 0).long() for place in range(4)]
+
+    def drawn(places, seed=1, step=2):
+        draws = Draws()
+        draws.at(seed, step, places)
+        sampler = KeyedSampler(like, draws, 1)
+        chosen = sampler([labels[place] for place in places])
+        return {place: torch.stack([kind[i] for kind in chosen]).tolist() for i, place in enumerate(places)}
+
+    before = torch.get_rng_state()
+    whole = drawn(range(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn([0, 2]) | drawn([1, 3]) == whole
+    assert all(np.sum(kinds) == 6 for kinds in whole.values())
+    assert drawn(range(4), step=3) != whole != drawn(range(4), seed=3)
 
 
 def test_mirrored_boxes_and_masks_fit(coco):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def one_rank(comm, images, recipe):
     ctx = Context(args, comm)
     torch.manual_seed(0)
     model = Classifier(build_backbone("vit", **TINY), 3).double().train()
+    set_drop_path(model.backbone, recipe.drop_path)
     data = images_of(f"folder:{images / 'train'}", True, 16)
     losses = finetune.train(model, _Double(data), np.arange(36), 3, recipe, ctx)
     return losses, model.head.weight.detach()
@@ -69,6 +71,26 @@ def test_ranks_train_the_same_model(images, pool):
     torch.testing.assert_close(two[0][1], alone[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.processes
+def test_ranks_mix_and_drop_the_same(images, pool):
+    """Five pairs over two ranks: the mixing, its partners, stochastic depth, and parts of unequal size."""
+    recipe = Recipe(2, 10, base_lr=0.01, warmup=0.0, auto_augment=None, erasing=0.0, repeats=1, drop_path=0.5)
+    (alone,) = pool.run(1, one_rank, images, recipe)
+    two = pool.run(2, one_rank, images, recipe)
+    np.testing.assert_allclose(two[0][0], alone[0], rtol=1e-5)
+    torch.testing.assert_close(two[1][1], alone[1], rtol=1e-5, atol=1e-7)
+    (plain,) = pool.run(1, one_rank, images, replace(recipe, drop_path=0.0))
+    assert abs(plain[0][0] - alone[0][0]) > 1e-4  # it does drop
+
+
+def test_pairs_need_two_images_a_rank():
+    finetune._check_shares(8, PRESETS["deit"], 4)
+    finetune._check_shares(4, PRESETS["plain"], 4)
+    finetune._check_shares(1, PRESETS["deit"], 1)
+    with pytest.raises(ConfigError, match="7 training images a batch are too few for 4 ranks that mix.* take 8"):
+        finetune._check_shares(7, PRESETS["deit"], 4)
+
+
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3))
 def test_batches_do_not_depend_on_ranks(n, batch, repeats, world, epoch):
     recipe = Recipe(batch=batch, repeats=repeats)
@@ -78,7 +100,9 @@ def test_batches_do_not_depend_on_ranks(n, batch, repeats, world, epoch):
     for number, keys in enumerate(whole):
         assert sorted(k for part in parts for k in part[number]) == sorted(keys)
     keys = [k for b in whole for k in b]
-    assert len(keys) == (n // batch * batch if n > batch else n) and len(set(keys)) == len(keys)
+    size = min(n, batch)
+    assert {len(b) for b in whole} == {size // 2 * 2 if size > 1 else 1} and len(whole) == max(1, n // batch)
+    assert len(set(keys)) == len(keys)
     assert {k[1] for k in keys} <= set(chosen.tolist()) and all(k[2] < repeats for k in keys)
 
 

@@ -77,9 +77,10 @@ def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
     ``images``: in one loss of a rank, of which there are ``ranks``.
     """
     groups.check(cfg.engine.statistics, images * ranks)
+    names: list[str] = []
     if source.needed(cfg):
         try:
-            start.check(cfg.model.init_from)
+            names = start.check(cfg.model.init_from)
         except ConfigError as error:
             if not cfg.follows:
                 raise
@@ -94,6 +95,7 @@ def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
         # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
         method, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
     method.check(student, images, ranks)
+    start.check_experts(cfg.model.init_from, names, student)
     if (channels := cfg.model.options.get("in_chans", 3)) != 3:
         raise ConfigError(f"model.options.in_chans {channels}: views have 3 channels; leave it out")
     for size, _ in build_spec(cfg.views).resolutions:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import types
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moe_cl import methods
 from moe_cl.comm import LocalComm
 from moe_cl.config import CheckpointConfig, ConfigError, ModelConfig, MoEConfig, OptimConfig, RunConfig
-from moe_cl.engine import optim
+from moe_cl.engine import optim, setup
 from moe_cl.engine.checkpoint import Checkpointer, cli, foreign, latest_complete, source, start
 from moe_cl.models.build import build_backbone
+from tests.engine.test_checks import make
 from tests.engine.tiny import Memory
 
 VIT = {"dim": 16, "depth": 2, "heads": 2, "img_size": 16, "patch_size": 8}
@@ -182,6 +185,22 @@ def test_a_dense_run_is_upcycled(tmp_path):
     step(net, adamw)
     saver.save(1, {"step": 1}, wait=True)
     assert run(tmp_path / "sparse", ["view"], init=tmp_path / "dense")[3].load() == {"step": 1}
+
+
+@pytest.mark.parametrize("blocks", ["all", [0], "none"])
+def test_experts_in_other_blocks_are_refused_before_the_start(first, tmp_path, blocks):
+    """Some blocks dense, some not: neither upcycling nor the same network. From a run and from its file."""
+    out, _, _ = first
+    call("convert", out, tmp_path / "w.safetensors")
+    cfg = make(model__backbone="vit", model__options=VIT, views__size=16, moe__blocks=blocks, batch__global_batch=8)
+    cfg.params = methods.params_of(cfg.method)()
+    for path in (out, tmp_path / "w.safetensors"):
+        cfg.model.init_from, cfg.out = str(path), str(tmp_path / "new")
+        with pytest.raises(ConfigError, match=r"has experts in the blocks \[1\], this run in .*set moe.blocks=\[1\]"):
+            setup.check_model(cfg, 8, 1)
+        same = copy.deepcopy(cfg)
+        same.moe.blocks = [1]
+        setup.check_model(same, 8, 1)
 
 
 # -- what others wrote -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ another shape, is an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 
 if TYPE_CHECKING:
     from moe_cl.models import upcycle
+
+_EXPERT = re.compile(r"backbone\.blocks\.(\d+)\.mlp\.experts\.")
 
 
 def checkpoint_at(path: Path) -> Path | None:
@@ -59,16 +62,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def check(path: str | Path) -> None:
-    """Something to start from is at ``path`` and can be read. Raises ConfigError."""
+def check(path: str | Path) -> list[str]:
+    """Something to start from is at ``path`` and can be read: its student's names of tensors. Raises ConfigError."""
     found = checkpoint_at(Path(path))
     if found is None:
-        read_weights(Path(path))
-        return
+        return list(read_weights(Path(path)))
     try:
         read_manifest(found)
+        return list(Reader(found).names("student"))
     except Damaged as error:
         raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+
+
+def check_experts(path: str | Path, names: Iterable[str], student: nn.Module) -> None:
+    """A student of these tensors is dense, or has experts in the blocks where this one has them; nothing makes some of
+    the blocks only. ``student`` may stand on meta tensors. Raises ConfigError."""
+    from moe_cl.models.vit import Mlp, ViT
+
+    theirs = sorted({int(found[1]) for name in names if (found := _EXPERT.match(name))})
+    backbone = getattr(student, "backbone", None)
+    if not theirs or not isinstance(backbone, ViT):
+        return
+    mine = [i for i, block in enumerate(backbone.blocks) if not isinstance(block.mlp, Mlp)]
+    if mine != theirs:
+        raise ConfigError(
+            f"model.init_from={path} has experts in the blocks {theirs}, this run in {mine or 'none'}: they are made"
+            f" in a wholly dense network only; set moe.blocks={theirs}, or start from one without experts"
+        )
 
 
 @torch.no_grad()

@@ -147,6 +147,8 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
         tree = json.loads(read_bytes(where))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ConfigError:  # a ValueError too: the file is refused
+        raise
     except (ValueError, RecursionError):
         raise ConfigError(f"{where}: not valid JSON") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("splits"), dict):

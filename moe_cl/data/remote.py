@@ -57,6 +57,14 @@ def transient(error: BaseException) -> str | None:
     return faults.CONNECTION_RESET if error.errno in _NETWORK else faults.IO_ERROR if error.errno in _DISK else None
 
 
+def refused(error: BaseException) -> str:
+    """What a server said that will not give a file (401 Unauthorized, 403 Forbidden ...); "" for any other fault."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500 and transient(error) is None:
+        return f"{status} {getattr(error, 'message', '')}".strip()
+    return " ".join(str(error).split()) or "no permission" if isinstance(error, PermissionError) else ""
+
+
 class Patience:
     """Back-off between tries and the end of waiting: ``seconds`` without progress. Collects the journal's events."""
 

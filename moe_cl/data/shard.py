@@ -118,13 +118,25 @@ def index_url(tar_url: str) -> str:
 
 
 def read_bytes(url: str) -> bytes:
-    """A whole small file, local or remote. Raises FileNotFoundError; transient network errors as fsspec gives them."""
+    """A whole small file, local or remote.
+
+    Raises FileNotFoundError; ConfigError if a server refuses it; transient network errors as fsspec gives them.
+    """
     if not is_remote(url):
         return Path(url).read_bytes()
     import fsspec  # a fifth of a second that local files need not pay
 
+    from moe_cl.data.remote import refused
+
     fs, path = fsspec.core.url_to_fs(url)
-    return fs.cat_file(path)
+    try:
+        return fs.cat_file(path)
+    except Exception as error:
+        if why := refused(error):
+            raise ConfigError(
+                f"{url} may not be read (the server answers {why}): give an address or credentials that it takes"
+            ) from None
+        raise
 
 
 def open_file(url: str) -> BinaryIO:

@@ -48,17 +48,22 @@ def look(out: Path, args: argparse.Namespace) -> None:
 
     Without a checkpoint the page shows what the journal has.
     """
-    from moe_cl.data.faults import DataStop
+    from moe_cl.data.faults import DataStop, SampleFault
+    from moe_cl.data.remote import transient
     from moe_cl.reports import arrays, explain
+    from moe_cl.tracking import redact
 
     try:
         asked = {"which": args.weights, "samples": args.samples, "pattern": args.data}
         if arrays.origin(out / arrays.NAME) != explain.origin(out, **asked):
             explain.of_run(out, **asked)
-    except (ConfigError, DataStop, OSError) as error:
+    except Exception as error:
+        if not (isinstance(error, (ConfigError, DataStop, SampleFault, OSError)) or transient(error)):
+            raise
+        why = redact.text(" ".join(str(error).split()))
         if args.data:
-            raise error if isinstance(error, ConfigError) else ConfigError(f"{args.data}: {error}") from error
-        print(f"report: figures of the encoder are left out: {error}", file=sys.stderr)
+            raise ConfigError(why if isinstance(error, ConfigError) else f"--data: {why}") from error
+        print(f"report: figures of the encoder are left out: {why}", file=sys.stderr)
 
 
 def track(out: Path) -> None:

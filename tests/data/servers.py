@@ -16,13 +16,14 @@ class Site:
     ("status", code[, headers]), ("reset", n) = n bytes and a reset, ("short", n) = a proper answer of n bytes only,
     ("break", n) = n bytes of a longer answer and its end, ("stall", seconds) = silence. ``always`` is an action for
     every GET of a tar.
-    ``log`` = (path, start, stop, sent)."""
+    ``closed`` = the end of a path -> status of every answer to it. ``log`` = (path, start, stop, sent)."""
 
     folder: Path
     url: str = ""
     ranges: bool = True
     script: list = field(default_factory=list)
     always: tuple | None = None
+    closed: dict[str, int] = field(default_factory=dict)
     log: list = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -36,9 +37,10 @@ def _handler(site: Site):
 
         def _file(self):
             path = site.folder / self.path.lstrip("/")
-            if path.is_file():
+            status = next((code for end, code in site.closed.items() if self.path.endswith(end)), 404)
+            if path.is_file() and status == 404:
                 return path.read_bytes()
-            self.send_response(404)
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

@@ -5,12 +5,15 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from moe_cl import config
+from moe_cl.cli import main
 from moe_cl.engine.checkpoint.format import MANIFEST, Reader, TensorEntry, read_manifest, write_shard
 from moe_cl.reports import arrays, build, cli
 from moe_cl.reports.run import Run
 from moe_cl.tracking.journal import Journal
+from tests.data.servers import http_site
 from tests.evals.run_dir import make_run, make_shards
 
 
@@ -83,3 +86,22 @@ def test_a_file_of_an_earlier_version_says_nothing(tmp_path):
     arrays.save(tmp_path / arrays.NAME, {"step": np.int64(7)})
     assert arrays.origin(tmp_path / arrays.NAME) == {} and arrays.of_run(tmp_path, "id") == {}
     assert arrays.source({}) == "" and arrays.source({"origin": np.array(json.dumps({"step": 7}))}) == ""
+
+
+@pytest.mark.parametrize(("end", "code"), [("dataset.json", 401), ("dataset.json", 403), (".tar", 403), ("json", 500)])
+def test_data_that_a_server_refuses_are_one_line(run, shards, capsys, end, code):
+    """The page is made without the figures that need them; asked for by name, it is a setting to mend."""
+    command = ["report", str(run), "--no-track"]
+    with http_site(shards) as site:
+        site.closed[end] = code
+        path = run / "checkpoints" / "step-00000007" / "config.yaml"
+        tree = yaml.safe_load(path.read_text())
+        tree["eval"]["test"], tree["data"]["retry_seconds"] = f"{site.url}/test", 0.0
+        path.write_text(yaml.safe_dump(tree))
+        assert main(command) == 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "figures of the encoder are left out" in said and str(code) in said
+        assert (run / "report.html").exists() and not (run / arrays.NAME).exists()
+        assert main([*command, "--data", f"{site.url}/test"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("moe_cl: ") and str(code) in said

@@ -26,7 +26,7 @@ from moe_cl.engine.guard import Guard
 from moe_cl.engine.notes import notes
 from moe_cl.engine.optim import set_hyper
 from moe_cl.engine.preemption import written
-from moe_cl.evals.online import online_knn
+from moe_cl.evals.online import knn_steps, online_knn
 from moe_cl.evals.record import write_json
 from moe_cl.spans import span
 from moe_cl.tracking import environment, redact
@@ -77,7 +77,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         driver = large_batch.step if cfg.batch.exact_large_batch else step.step
-        knn_every = round(cfg.eval.knn_every * per_epoch)
+        knn_every = knn_steps(cfg, per_epoch)
 
         ahead = Ahead(loader)
         parts.stop = lambda: guard.requested() or ahead.failed is not None

@@ -111,6 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=real(above=0), help="of the votes (default: the run's eval.temperature)")
 
 
+def say_all_vote(k: int, images: int, comm: Comm) -> None:
+    """A line, once, if a bank of so many ``images`` has no ``k`` neighbours."""
+    if k > images and comm.rank == 0:
+        print(f"k {k} is more than the {images} images of the bank: there all of them vote")
+
+
 def run(ctx: Context) -> dict[str, float]:
     """Table and JSON of ``eval knn``."""
     from moe_cl.evals.context import class_count
@@ -123,8 +129,7 @@ def run(ctx: Context) -> dict[str, float]:
     with ctx.untouched():
         bank, test = ctx.features(True), ctx.features(False)
     classes, name = class_count(bank[1], test[1]), metric_of(ctx.source(False))
-    if max(ks) > len(bank[1]) and ctx.comm.rank == 0:
-        print(f"k {max(ks)} is more than the {len(bank[1])} images of the bank: there all of them vote")
+    say_all_vote(max(ks), len(bank[1]), ctx.comm)
     values = knn(*bank, *test, classes, ks, temperature, comm=ctx.comm, name=name)
     if ctx.comm.rank == 0:
         shown = {"top1": "top-1", "top5": "top-5"} | ({name: name} if name == "per_class" else {})

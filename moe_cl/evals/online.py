@@ -33,6 +33,11 @@ def check_best(cfg: RunConfig) -> None:
         raise ConfigError(f"checkpoint.keep_best={best} is never measured: set eval.knn_every, or leave it out")
 
 
+def knn_steps(cfg: RunConfig, per_epoch: int) -> int:
+    """Steps from one measurement to the next; 0 without ``eval.knn_every``, and never so with it, however small."""
+    return max(1, round(cfg.eval.knn_every * per_epoch)) if cfg.eval.knn_every else 0
+
+
 def sets(cfg: RunConfig, rank: int = 0, world: int = 1) -> tuple[LabelledLoader, LabelledLoader]:
     """Bank and test set of the config, this rank's part of each. Raises ConfigError if one is missing."""
     size = cfg.eval.size or cfg.views.size

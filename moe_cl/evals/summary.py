@@ -16,7 +16,7 @@ from moe_cl.evals import pretrained
 from moe_cl.evals.context import Context, class_count
 from moe_cl.evals.features import Encode, frozen
 from moe_cl.evals.fewshot import few_shot
-from moe_cl.evals.knn import knn
+from moe_cl.evals.knn import knn, say_all_vote
 from moe_cl.evals.linear import linear_probe
 from moe_cl.evals.record import record, write_json
 from moe_cl.evals.sets import metric_of
@@ -93,6 +93,8 @@ def run(ctx: Context) -> dict[str, float]:
     def measure(name: str, encode: Encode, text: str = "") -> None:
         text = text or name
         bank, test = (ctx.features(train, encode, what=f"{name}, {part}") for train, part in PARTS)
+        if not sizes:  # the same bank for every row
+            say_all_vote(k, len(bank[0]), ctx.comm)
         sizes.update(bank=len(bank[0]), tested=len(test[0]))
         classes = class_count(bank[1], test[1])
         found = knn(*bank, *test, classes, k, temperature, comm=ctx.comm, name=metric)

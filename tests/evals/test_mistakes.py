@@ -98,6 +98,8 @@ def test_classes_of_two_sets_are_matched_by_name(run, tmp_path, capsys):
     assert main(["eval", "knn", "--checkpoint", str(run), "--k", "5", "99", *sets_given]) == 0
     text = capsys.readouterr().out
     assert "matched by name" in text and "k 99 is more than the 36 images of the bank" in text
+    assert main(["eval", "summary", "--checkpoint", str(run), "--k", "99", *sets_given]) == 0
+    assert capsys.readouterr().out.count("k 99 is more than the 36 images of the bank: there all of them vote") == 1
     assert json.loads((run / "evals" / "knn.json").read_text())["values"]["k5/top1"] > 0.9
     (images / "test" / "class1").rename(images / "test" / "klass")
     for protocol in (["knn"], ["finetune", "--preset", "plain", "--train-batch", "4"]):

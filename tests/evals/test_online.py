@@ -14,7 +14,7 @@ from moe_cl.comm import LocalComm, SimComm
 from moe_cl.config import CheckpointConfig, ConfigError, EvalConfig, RunConfig
 from moe_cl.engine.checkpoint import store
 from moe_cl.engine.checkpoint.format import read_manifest
-from moe_cl.evals.online import check_best, online_knn
+from moe_cl.evals.online import check_best, knn_steps, online_knn
 from moe_cl.models.norm import BatchNorm
 from moe_cl.tracking.journal import read
 from tests.pool import free_port
@@ -67,6 +67,15 @@ def test_what_is_kept_as_the_best_is_measured(best, every, says):
         return check_best(cfg)
     with pytest.raises(ConfigError, match=says):
         check_best(cfg)
+
+
+def test_what_is_asked_for_is_measured():
+    """Rounded to no step at all, nothing would be, and ``keep_best`` would keep nothing."""
+    cfg = RunConfig()
+    assert knn_steps(cfg, 3) == 0
+    for epochs, steps in ((0.1, 1), (0.5, 2), (1, 3), (2, 6)):
+        cfg.eval.knn_every = epochs
+        assert knn_steps(cfg, 3) == steps
 
 
 class Brightness(torch.nn.Module):

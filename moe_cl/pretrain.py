@@ -70,10 +70,11 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
             if me.rank == 0:
                 print(f"{out}: all {total} steps are done already; nothing to resume{checks.without_effect(cfg)}")
             return 0
+        continues = begun or state is not None  # not a run that begins at another's step: its journal is its own
         state = state or begin_from(cfg, checkpoints, me.rank)
         if state["step"]:
             loader.load_state_dict(state["loader"])
-        track = stack.enter_context(tracking(cfg, tree, batch, built, loader, me, state, total, begun))
+        track = stack.enter_context(tracking(cfg, tree, batch, built, loader, me, state, total, continues))
         method.progress.steps_per_epoch, method.progress.epochs = per_epoch, cfg.schedule.epochs
         save_every = cfg.checkpoint.every_steps or max(1, round(cfg.checkpoint.every_epochs * per_epoch))
         driver = large_batch.step if cfg.batch.exact_large_batch else step.step
@@ -187,7 +188,7 @@ def profiling(cfg: RunConfig, number: int, rank: int) -> Iterator[None]:
 
 def tracking(
     cfg: RunConfig, tree: dict[str, Any], batch: checks.BatchIdentity, built: setup.Built, loader: Loader,
-    me: ranks.Ranks, state: dict[str, Any], total: int, begun: bool,
+    me: ranks.Ranks, state: dict[str, Any], total: int, continues: bool,
 ) -> Tracking:  # fmt: skip
     """Journal, console and MLflow of this run, opened with what matters about it."""
     out, comm, student = Path(cfg.out), built.parts.comm, built.parts.student
@@ -212,7 +213,7 @@ def tracking(
     data["profile"] = {"samples": len(loader.dataset), "shards": len(loader.dataset.shards)}
     for number, note in enumerate(notes(cfg, batch, built.parts.method, student, len(loader.dataset)), 1):
         show["note" if number == 1 else f"note {number}"] = note
-    resumed = f"step {state['step']}" if state["step"] or begun else None
+    resumed = f"step {state['step']}" if state["step"] or continues else None
     tags = environment.tags(cfg.method, cfg.model.backbone, comm.world, cfg.moe.ep_size, resumed)
     flops = None
     if me.rank == 0:
@@ -223,7 +224,7 @@ def tracking(
         return Tracking(
             out, cfg.track, tree, rank=me.rank, node=me.local_rank == 0, resume_step=state["step"],
             total=total, tags=tags, datasets=[data], show=show, run_id=state.get("mlflow_run"), flops=flops,
-            continues=begun,
+            continues=continues,
         )  # fmt: skip
 
 

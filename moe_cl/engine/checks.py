@@ -212,6 +212,8 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
     """
     out = Path(cfg.out)
     if (last := store.latest_complete(out)) is None:
+        if cfg.model.init_from:
+            _check_same_start(cfg)
         return
     if not cfg.resume:
         raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
@@ -243,13 +245,31 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
 
 def begun(cfg: RunConfig) -> bool:
     """Whether ``cfg`` resumes a run of the same settings that was begun in its out dir, be it without a checkpoint."""
-    if not (cfg.resume and parts(Path(cfg.out) / "journal.jsonl")):
-        return False
+    return _journaled(cfg) and not _otherwise(cfg)
+
+
+def _check_same_start(cfg: RunConfig) -> None:
+    """A run that goes on from another's step, ended before its first checkpoint: ``--resume`` is of that run, or it is
+    a ConfigError. Its steps would stand among those of a run that it is not."""
+    if _journaled(cfg) and (other := _otherwise(cfg)):
+        key, was, now = other[0]
+        raise ConfigError(
+            f"{cfg.out} holds the beginning of a run with {key}={was}, not {now}: give what it had to go on with it, "
+            "leave --resume out to begin anew there, or choose another --out"
+        )
+
+
+def _journaled(cfg: RunConfig) -> bool:
+    return cfg.resume and bool(parts(Path(cfg.out) / "journal.jsonl"))
+
+
+def _otherwise(cfg: RunConfig) -> list[tuple[str, Any, Any]]:
+    """What makes ``cfg`` another run than the one in its out dir: key, value there, value here."""
     theirs, mine = map(settings.flatten, _theirs_and_mine(cfg))
     same = ("method", "seed", "model", "schedule", *SHAPING)
     order = ("data.train", "data.repeat", "data.streams", "data.window")
     keys = [k for k in mine if (k.split(".")[0] in same and k not in (*STOPS, *LAYOUT)) or k in order]
-    return all(k in theirs and theirs[k] == mine[k] for k in keys)
+    return [(k, theirs.get(k), mine[k]) for k in keys if k not in theirs or theirs[k] != mine[k]]
 
 
 def _theirs_and_mine(cfg: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:

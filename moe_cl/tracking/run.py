@@ -27,7 +27,7 @@ class Tracking:
         out: the run's directory. track: settings. config: the resolved tree, written to ``config.yaml`` by the caller.
         rank: this rank; only 0 writes. node: True on one rank of each host, which samples the machine.
         resume_step: steps done before this start. continues: the run of the journal that lies in ``out`` goes on, be it
-            from step 0; always so if steps were done.
+            from step 0; None: if steps were done. False with steps done: a run that begins at another run's step.
         total: steps of the whole run. tags, datasets, run_id: see ``mlflow.start``. show: rows of the banner.
         flops: of an image, for ``tflops`` and ``mfu`` of each step; None = these are left out.
     """
@@ -47,13 +47,13 @@ class Tracking:
         show: Mapping[str, Any],
         run_id: str | None = None,
         flops: Flops | None = None,
-        continues: bool = False,
+        continues: bool | None = None,
     ):
         self.out, self.track, self.speaks = out, track, rank == 0
         self.status, self.flops, self.first, self.done = "FINISHED", flops, resume_step, resume_step
         self._begin, self._shown = time.monotonic(), {}
         self.journal, self.handle = NullJournal(), None
-        begin = resume_step if resume_step or continues else None
+        begin = resume_step if (bool(resume_step) if continues is None else continues) else None
         if self.speaks:
             self.journal = Journal(out / "journal.jsonl", begin)
             described = environment.describe(resumed=begin is not None)

@@ -141,3 +141,23 @@ def test_a_begun_run_goes_on_without_a_checkpoint_if_it_is_the_same(tmp_path):
     assert not checks.begun(cfg)
     cfg.optim.base_lr, cfg.resume = make().optim.base_lr, False
     assert not checks.begun(cfg)
+
+
+def test_the_beginning_of_another_continuation_is_not_gone_on_with(tmp_path):
+    """EsViT's second phase, killed before its first checkpoint: its steps are not those of a run set otherwise."""
+    cfg = make(model__init_from="runs/view", data__train="x.tar")
+    cfg.out, cfg.resume = str(tmp_path), True
+    checks.check_same_run(cfg, 700, 7)  # nothing is there
+    (tmp_path / "journal.jsonl").write_text("")
+    config.save(cfg, tmp_path / "config.yaml")
+    checks.check_same_run(cfg, 700, 7)
+    cfg.data.workers, cfg.moe.ep_size, cfg.schedule.max_steps = 7, 2, 9  # not what a run is
+    checks.check_same_run(cfg, 700, 7)
+    cfg.optim.base_lr = 1.0
+    with pytest.raises(ConfigError) as error:
+        checks.check_same_run(cfg, 700, 7)
+    said = str(error.value)
+    assert "beginning of a run with optim.base_lr=0.00015, not 1.0" in said and "another --out" in said
+    assert "\n" not in said
+    cfg.resume = False  # begins anew there
+    checks.check_same_run(cfg, 700, 7)

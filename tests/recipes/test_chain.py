@@ -9,7 +9,8 @@ import pytest
 from moe_cl import config, methods
 from moe_cl.cli import main
 from moe_cl.engine.schedules import total_steps
-from moe_cl.tracking.journal import read
+from moe_cl.tracking.journal import Journal, read
+from moe_cl.tracking.tail import header
 from tests.small import launch, make_shards
 
 CHAINS = [name for name in config.recipe_names() if config.load(name, [], methods.params_of).follows]
@@ -54,9 +55,13 @@ def test_two_phases_run_as_one_training(tmp_path):
     done = launch(0, "--recipe", "esvit_swin_tiny_w14_view", "--out", str(first), *sizes, stop)
     assert done.returncode == 0, done.stderr[-2000:]
     both = ["--recipe", "esvit_swin_tiny_w14", "--out", str(second), *sizes]
+    other = Journal(second / "journal.jsonl")  # an earlier try's, ended before its first checkpoint
+    other.step(1, {"loss": 1.0})
+    other.close()
     done = launch(0, *both, f"model.init_from={first}", "schedule.max_steps=8")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fresh: heads.region" in done.stdout and f"every key: {second / 'init_from.json'}" in done.stdout
+    assert header(second / "previous-journal.jsonl")["id"] == other.id != header(second / "journal.jsonl")["id"]
     first.rename(tmp_path / "away")  # a run with checkpoints of its own needs it no more
     done = launch(0, *both, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]

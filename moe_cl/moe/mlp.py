@@ -1,11 +1,11 @@
-"""The expert MLP as one autograd function: an expert's rows stay in cache from gather to scatter.
+"""The expert MLP as one autograd function: by the compiled kernels of ``cpp/`` on the CPU, else a product an expert.
 
 Legend: R rows, k choices a row, M assignments in expert order, E experts, D width, H hidden width.
 
 For expert e and its rows r (Plan order):  h = x_r W1_e' + b1_e,  a = gelu(h),  y = a W2_e' + b2_e,  out_r += p_re y.
 Backward with g = dL/dout_r:  da = g W2_e,  dp_re = <da, a> + <g, b2_e>,  and everything else from p_re g as in any MLP.
-Kept for it: x, h, a and the weights in the products' type, as autocast keeps them of the dense MLP; with ``recompute``
-x alone. Neither the k copies of x nor y are.
+Kept for it: x and h in the products' type (without the kernels also a and the weights, as autocast keeps them of the
+dense MLP); with ``recompute`` x alone. Neither the k copies of x nor y are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moe_cl.moe import kernels
 from moe_cl.moe.dispatch import Plan, gather_sum
 
 CHUNK = 512  # most rows of one expert at a time: bounds the scratch and keeps it in cache when the routing is uneven
@@ -101,6 +102,15 @@ class ExpertMLP(torch.autograd.Function):
         train: bool,
         recompute: bool,
     ) -> Tensor:
+        native = kernels.get(x, dtype, x.shape[1], w1.shape[1], w1.dtype)
+        ctx.native, ctx.dtype, ctx.x_dtype = native, dtype, x.dtype
+        if native is not None:
+            xc = x.to(dtype)
+            h, y = native.forward(xc, plan.token, plan.counts, w1, b1, w2, b2, keep=train and not recompute)
+            if train:
+                saved = (xc, weights, w1, b1, w2, b2, ids, plan.token, plan.choice, plan.inverse, plan.counts, h)
+                ctx.save_for_backward(*saved)
+            return native.combine(y, plan.inverse, weights.float())
         with torch.autocast(x.device.type, enabled=False):
             onednn = _onednn(x, dtype)
             owners, sizes = _pieces(plan.counts.tolist())
@@ -135,12 +145,14 @@ class ExpertMLP(torch.autograd.Function):
         if train:
             saved = (xc, weights, v1, b1, v2, b2, ids, plan.token, plan.choice, plan.inverse)
             ctx.save_for_backward(*saved, a_all, *hs)
-            ctx.pieces, ctx.dtype, ctx.x_dtype, ctx.keep = (owners, sizes, filled, onednn), dtype, x.dtype, keep
+            ctx.pieces, ctx.keep = (owners, sizes, filled, onednn), keep
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.native is not None:
+            return _native_backward(ctx, grad)
         x, weights, w1, b1, w2, b2, ids, token, choice, inverse, a_all, *hs = ctx.saved_tensors
         dtype, keep, (owners, sizes, filled, onednn) = ctx.dtype, ctx.keep, ctx.pieces
         with torch.autocast(x.device.type, enabled=False):
@@ -176,9 +188,25 @@ class ExpertMLP(torch.autograd.Function):
                 _weight_grad(gw1[e], gb1[e], gh, xf, first)
                 gxe.copy_(_linear(gh, u1.t(), None, onednn)[:n])
             grad_x = gather_sum(gx, inverse).to(ctx.x_dtype)
-            on_bias = F.pad(grad @ b2.to(grad.dtype).t(), (0, 1)).gather(1, ids)  # column E: elsewhere
-            grad_weights = (gp[inverse] + on_bias).to(weights.dtype)
+            grad_weights = (gp[inverse] + _on_bias(grad, b2, ids)).to(weights.dtype)
         return grad_x, grad_weights, *sums, None, None, None, None, None
+
+
+def _native_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weights, w1, b1, w2, b2, ids, token, choice, inverse, counts, h = ctx.saved_tensors
+    with torch.autocast(x.device.type, enabled=False):
+        if h is None:  # recompute
+            h, _ = ctx.native.forward(x, token, counts, w1, b1, w2, b2, keep=True, last=False)
+        p = weights.float().reshape(-1).index_select(0, choice)
+        gx, gp, sums = ctx.native.backward(x, grad.to(ctx.dtype), p, token, counts, w1, w2, h)
+        grad_x = ctx.native.combine(gx, inverse).to(ctx.x_dtype)
+        grad_weights = (gp[inverse] + _on_bias(grad, b2, ids)).to(weights.dtype)
+    return grad_x, grad_weights, *sums, None, None, None, None, None
+
+
+def _on_bias(grad: Tensor, b2: Tensor, ids: Tensor) -> Tensor:
+    """<g_r, b2_e> of each choice: (R, k), 0 where the expert is elsewhere."""
+    return F.pad(grad @ b2.to(grad.dtype).t(), (0, 1)).gather(1, ids)
 
 
 def _weight_grad(weight: Tensor, bias: Tensor, out: Tensor, into: Tensor, first: bool) -> None:

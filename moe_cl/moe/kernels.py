@@ -1,0 +1,149 @@
+"""``cpp/``: compiled once a machine, loaded here, used where products are the CPU's in fp32 or bf16.
+
+Without a compiler, or on a processor without oneDNN's small-matrix kernels, ``get`` is None and ``mlp.ExpertMLP`` goes
+through torch's operations: the same results within rounding, slower. ``MOE_CL_KERNELS=0`` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).with_name("cpp")
+FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fopenmp -fPIC".split()
+FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # or a rounding is a call, one number at a time
+FILL = 8  # of queue.h: rows of an expert are filled up to a multiple of it
+MULTIPLE = 16  # both widths are multiples of it
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Kernels:
+    """The library's functions on tensors. Legend as in ``mlp``: R rows, M assignments, E experts, D width, H hidden."""
+
+    def __init__(self, path: Path):
+        self.library = ctypes.CDLL(str(path))
+
+    def works(self, dtype: torch.dtype) -> bool:
+        """Whether this processor multiplies in ``dtype``."""
+        return bool(self._of("works", dtype)())
+
+    def forward(
+        self, x: Tensor, token: Tensor, counts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, keep: bool,
+        last: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """h (F, H), kept for the backward or None, and y (M + 1, D) whose last row is 0, or None without ``last``."""
+        experts, hidden, d = w1.shape
+        filled = int((-(-counts // FILL) * FILL).sum())
+        h = x.new_empty(filled, hidden) if keep else None
+        y = x.new_empty(len(token) + 1, d) if last else None
+        if y is not None:
+            y[-1] = 0
+        self._call("forward", x.dtype, (experts, d, hidden), counts, token, x, w1, b1, w2, b2, h, y)
+        return h, y
+
+    def backward(
+        self, x: Tensor, g: Tensor, p: Tensor, token: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """gx (M + 1, D) and gp (M + 1,) with a last 0, and the gradients of w1, b1, w2, b2."""
+        experts, hidden, d = w1.shape
+        gx, gp = x.new_empty(len(token) + 1, d), w1.new_empty(len(token) + 1)
+        gx[-1], gp[-1] = 0, 0
+        sums = [torch.empty_like(w1), w1.new_empty(experts, hidden), torch.empty_like(w2), w1.new_empty(experts, d)]
+        self._call("backward", x.dtype, (experts, d, hidden), counts, token, x, g, p, w1, w2, h, gx, gp, *sums)
+        return gx, gp, sums
+
+    def combine(self, values: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
+        """out[r] = sum_j weights[r, j] values[inverse[r, j]] in fp32: (R, D)."""
+        (rows, k), d = inverse.shape, values.shape[1]
+        out = torch.empty(rows, d)
+        self._call("combine", values.dtype, (rows, k, d), values, inverse, weights, out)
+        return out
+
+    def _of(self, name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:
+        return getattr(self.library, f"moe_{name}_{NAMES[dtype]}")
+
+    def _call(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+        whole = [None if t is None else t.contiguous() for t in tensors]  # outputs are; held until the call is over
+        pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in whole]
+        self._of(name, dtype)(*map(ctypes.c_int64, sizes), *pointers)
+
+
+def get(x: Tensor, dtype: torch.dtype, width: int, hidden: int, parameters: torch.dtype) -> Kernels | None:
+    """The kernels if they can multiply these rows: fp32 parameters, products in fp32 or bf16, both widths multiples
+    of 16. Nothing where oneDNN is switched off, as it is where FLOPs are counted, nor for tensors without data."""
+    fits = dtype in NAMES and parameters == torch.float32 and not (width % MULTIPLE or hidden % MULTIPLE)
+    if not (fits and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)):
+        return None
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return None
+    kernels = load()
+    return kernels if kernels is not None and _works(dtype) else None
+
+
+@functools.cache
+def _works(dtype: torch.dtype) -> bool:
+    return load().works(dtype)
+
+
+@functools.cache
+def load() -> Kernels | None:
+    """The compiled library, None where there is none: no compiler, no OpenMP, or ``MOE_CL_KERNELS=0``."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    openmp = _openmp()
+    if os.environ.get("MOE_CL_KERNELS") == "0" or compiler is None or openmp is None:
+        return None
+    try:
+        return Kernels(build(compiler, openmp))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def build(compiler: str, openmp: str) -> Path:
+    """The library for this source, torch, processor and compiler: from the user's cache, or made now (two seconds)."""
+    torch_libraries = str(Path(torch.__file__).parent / "lib")
+    # Torch's own OpenMP: a second one would bring threads of its own, and both would wait for the other's cores.
+    link = [openmp, f"-L{torch_libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    key = "\n".join([*sources, torch.__version__, version, _processor(), *FLAGS, *link])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_cl"
+    path = cache / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # ranks that start together replace each other's
+            made = Path(folder) / "kernels.so"
+            command = [compiler, *FLAGS, "-c", str(SOURCES / "mlp.cpp"), "-o", f"{made}.o"]
+            subprocess.run(command, check=True, capture_output=True)
+            # Linked without -fopenmp, which would name the compiler's library.
+            subprocess.run([compiler, "-shared", f"{made}.o", *link, "-o", str(made)], check=True, capture_output=True)
+            made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return platform.machine() + "".join(sorted(set(named)))
+
+
+def _openmp() -> str | None:
+    """Torch's OpenMP library: the one beside it, or the one that is loaded."""
+    beside = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
+    found = [str(p) for p in beside if re.match(r"lib(gomp|iomp5|omp)[-.]", p.name)]
+    maps = Path("/proc/self/maps")
+    if not found and maps.exists():
+        found = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-.][-.\w]*", maps.read_text())
+    return found[0] if found else None

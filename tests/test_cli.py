@@ -133,7 +133,7 @@ def test_zero_3_with_experts(shards, tmp_path, capsys):
         ('{"zero_optimization": {"stage": 1, "overlap_com": true}}', "no key overlap_com; did you mean overlap_comm?"),
         ('{"zero_optimisation": {"stage": 1}}', "no key zero_optimisation; did you mean zero_optimization?"),
         ('{"zero_optimization": {"stage": "one"}}', "zero_optimization.stage: "),
-        ('{"zero_optimization": {"reduce_bucket_size": -5}}', "zero_optimization.reduce_bucket_size: "),
+        ('{"zero_optimization": {"reduce_bucket_size": -5}}', "zero_optimization.reduce_bucket_size -5 must be"),
         ('{"torch_autocast": {"enabled": false, "dtyp": "bfloat16"}}', "torch_autocast.dtyp; did you mean dtype?"),
         ('{"torch_autocast": {"dtype": "bfloat16"}}', 'torch_autocast.enabled is true, false or "auto", found none;'),
         ('{"torch_autocast": {"enabled": "yes"}}', "found 'yes'; write it, or remove the section"),
@@ -152,6 +152,7 @@ def test_zero_3_with_experts(shards, tmp_path, capsys):
 )  # fmt: skip
 def test_deepspeed_json_is_held_against_deepspeed(shards, tmp_path, capsys, text, says):
     path = tmp_path / "ds.json"
+        ('{"steps_per_print": 5, "steps_per_print": 6}', "steps_per_print stands there twice; remove one of them"),
     path.write_text(text)
     err = refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run", f"engine.ds_config={path}"))
     assert says in err and str(path) in err

@@ -97,17 +97,19 @@ def cpu_has_bf16() -> bool:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A DeepSpeed JSON by path, or by its name under ds_configs/ of the project."""
+    """A DeepSpeed JSON by path, or by its name under ds_configs/ of the project: what of it is said and supported."""
     here = Path(__file__).resolve().parents[2]
     for candidate in (Path(path), here / path, here / "ds_configs" / path, here / "ds_configs" / f"{path}.json"):
         if candidate.is_file():
             try:
-                tree = json.loads(candidate.read_text(encoding="utf-8"))
+                tree = json.loads(candidate.read_text(encoding="utf-8"), object_pairs_hook=_once)
+            except ConfigError as error:
+                raise ConfigError(f"{candidate}: {error}") from None
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 raise ConfigError(f"{candidate}: not valid JSON: {' '.join(str(error).split())}") from None
             if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization", {}), dict):
                 raise ConfigError(f"{candidate}: a DeepSpeed config is a mapping, and so is its zero_optimization")
-            return tree
+            return ds_keys.check(tree, path)
     names = ", ".join(sorted(p.stem for p in (here / "ds_configs").glob("*.json")))
     raise ConfigError(f"engine.ds_config {path!r} is no file; ds_configs/ has {names}")
 
@@ -117,6 +119,15 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
     config = read_json(cfg.engine.ds_config)
     name = cfg.engine.ds_config
     batch = batch_identity(cfg, world)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of a JSON; of a key that stands there twice JSON would take the last."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"{next(key for key in keys if keys.count(key) > 1)} stands there twice; remove one of them")
+    return tree
+
+
 
     def fill(key: str, value: Any, source: str) -> None:
         if key in config and config[key] not in ("auto", value):
@@ -129,23 +140,12 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
     fill("gradient_accumulation_steps", batch.accumulation, "the recipe's accumulation")
     # The engine's own clipping has its norm wrong with experts; the project clips itself (optim.clip_norm).
     fill("gradient_clipping", 0.0, "clipping is the recipe's optim.clip_norm: gradient_clipping")
-    if "optimizer" in config or "scheduler" in config:
-        raise ConfigError(
-            f"{name} has an optimizer or scheduler; these belong to the recipe (optim, schedule): remove them"
-        )
     stage = section.get("stage", 0)
     if stage == 3 and has_moe(cfg):
         raise ConfigError(f"{name} asks for ZeRO stage 3, which DeepSpeed's MoE does not support: use stage 0, 1 or 2")
-    for kind in REWRITING:
-        if kind in config:
-            raise ConfigError(f"{name} has {kind}, which changes the batch, the network or its precision: remove it")
-    for kind in ("bf16", "fp16"):
-        if isinstance(config.get(kind), dict) and config[kind].get("enabled"):
-            raise ConfigError(
-                f"{name} has {kind}.enabled, which casts batch norm and every parameter; "
-                f"set engine.precision={kind} instead (torch_autocast, parameters stay fp32)"
-            )
-    ds_keys.check(config, name)
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if has_moe(cfg) and stage in (1, 2) and not section.get(key, True):
+            raise ConfigError(f"{name}: zero_optimization.{key} is false; experts under ZeRO 1 and 2 need it")
     _precision(config, cfg, name, on_cpu)
     # ZeRO knows torch's optimizers by exact class; ours are those, able to skip frozen groups (engine/optim.py).
     fill("zero_allow_untested_optimizer", True, "the project's optimizers need it to be")
@@ -155,8 +155,6 @@ def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
 def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) -> None:
     asked = cfg.engine.precision
     section = config.get("torch_autocast")
-    if section is not None and not isinstance(section, dict):
-        raise ConfigError(f"{name}: torch_autocast is a mapping with enabled and dtype")
     if section is None or section.get("enabled") == "auto":
         if asked == "auto":
             asked = "bf16" if not on_cpu or cpu_has_bf16() else "fp32"
@@ -166,9 +164,7 @@ def _precision(config: dict[str, Any], cfg: RunConfig, name: str, on_cpu: bool) 
             # Empty list = every module: what runs in low precision is torch.autocast's own choice of operations.
             config["torch_autocast"]["lower_precision_safe_modules"] = []
         return
-    said = {"bfloat16": "bf16", "float16": "fp16"}.get(section.get("dtype", "bfloat16"))
-    if said is None:
-        raise ConfigError(f"{name}: torch_autocast.dtype {section['dtype']!r} is neither bfloat16 nor float16")
+    said = {"bfloat16": "bf16", "float16": "fp16"}[section.get("dtype", "bfloat16")]
     if not section["enabled"]:
         said = "fp32"
     section.setdefault("dtype", "bfloat16")

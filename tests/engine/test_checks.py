@@ -47,6 +47,8 @@ def test_refused(changes, world, says):
     ("config", "says"),
     [
         ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3, which DeepSpeed's MoE does not support"),
+        ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "contiguous_gradients is false; experts"),
+        ({"zero_optimization": {"stage": 1, "reduce_scatter": False}}, "reduce_scatter is false; experts under ZeRO"),
         ({"bf16": {"enabled": True}}, "set engine.precision=bf16 instead"),
         ({"fp16": {"enabled": True}}, "set engine.precision=fp16 instead"),
         ({"train_batch_size": 64}, "has train_batch_size = 64, but the recipe's batch.global_batch = 256"),

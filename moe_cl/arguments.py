@@ -5,15 +5,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, NoReturn
 
 from moe_cl.typed import ConfigError, Range, convert
 
+# (rank, world, local rank, local world) of torchrun and DeepSpeed, of Slurm's srun, and of Open MPI, in this order.
+SOURCES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+
+
+def sources() -> Iterator[tuple[str, str, str, str]]:
+    """Those that may say who this process is. An interactive Slurm allocation and a batch script have Slurm's numbers
+    without being tasks; only srun gives a step."""
+    return (names for names in SOURCES if names[0] != "SLURM_PROCID" or "SLURM_STEP_ID" in os.environ)
+
 
 def speaks() -> bool:
     """True on the one rank of a host that says what is wrong: one line a host, not one a rank."""
-    return "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
+    for rank, world, local, _ in sources():
+        if rank in os.environ and world in os.environ:
+            return os.environ.get(local, os.environ[rank]) == "0"
+    return True
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,9 +42,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
-        if speaks():
-            print(f"{self.MARK}: {' '.join(message.split())} ({self.prog} --help lists the options)", file=sys.stderr)
+        print(f"{self.MARK}: {' '.join(message.split())} ({self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+
+class RanksParser(Parser):
+    """Of a command that every rank of a job reads: one line a host."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        if not speaks():
+            sys.exit(2)
+        super().error(message)
 
 
 def whole(least: int) -> Callable[[str], int]:

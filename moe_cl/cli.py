@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_cl import config
-from moe_cl.arguments import Parser, speaks, whole
+from moe_cl.arguments import Parser, RanksParser, speaks, whole
 from moe_cl.config import ConfigError
 
 # verb: (module with add_arguments(parser) and main(args) -> int, help)
@@ -29,6 +29,8 @@ VERBS = {
     "doctor": ("moe_cl.planning.doctor", "check this machine, or the hosts of a hostfile, before a job"),
     "recipes": ("moe_cl.recipes.cli", "list recipes, or print one resolved"),
 }
+AS_RANKS = ("pretrain", "eval")  # what a launcher starts many times over; every other verb is one process
+SETTINGS = ("pretrain", "import", "plan", "doctor", "recipes")  # verbs that take key=value; to others it is a name
 # Settings of the data that are wanted often enough to be options too (data.NAME=VALUE says the same).
 DATA_OPTIONS = {
     "--retry-seconds": (float, "how long an unreachable source is tried again before the run saves and stops"),
@@ -139,11 +141,14 @@ def main_pretrain(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; see the module's docstring for exit codes."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", ""))
+    chosen = next((a for a in argv if a in VERBS), None)
+    ranked = chosen is None or chosen in AS_RANKS
+    parser = (RanksParser if ranked else Parser)(
+        prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", "")
+    )
     # DeepSpeed's launcher writes --local_rank=N before everything else.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    chosen = next((a for a in argv if a in VERBS), None)
     for verb, (module, text) in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text)
         if verb == chosen:
@@ -159,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return main_pretrain(args)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
-        if speaks():
+        if not ranked or speaks():
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

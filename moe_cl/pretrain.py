@@ -41,7 +41,6 @@ EVENTS_EVERY = 50  # steps between looks at the other ranks' events: bad samples
 def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
     """Run ``cfg`` on this rank to its end; returns the process's exit code."""
     batch = checks.check(cfg, me.world)
-    torch.set_num_threads(cfg.engine.threads or max(1, torch.get_num_threads() // me.local_world))
     spec, out = build_spec(cfg.views), Path(cfg.out)
     begun = checks.begun(cfg)  # on every rank before rank 0 writes there
     with contextlib.ExitStack() as stack:
@@ -53,6 +52,7 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
         per_epoch = loader.steps_per_epoch
         total = schedules.total_steps(cfg.schedule, per_epoch)
         comm = ranks.init(me, cfg.engine.collective_timeout)
+        torch.set_num_threads(cfg.engine.threads or ranks.threads(comm))
         built = setup.build(cfg, comm)
         if built.device.type == "cpu":
             keep_freed_memory()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from moe_cl.arguments import sources
 from moe_cl.comm import Comm, DistComm
 from moe_cl.config import ConfigError
 
@@ -27,35 +30,60 @@ class Ranks:
     local_world: int = 1
 
 
-# (rank, world, local rank, local world) of torchrun and DeepSpeed, of Slurm's srun, and of Open MPI, in this order.
-_SOURCES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-)
-
-
 def from_environment() -> Ranks:
-    """RANK/WORLD_SIZE, else SLURM_*, else OMPI_*, else one process. Raises ConfigError on half a set."""
-    for rank, world, local, local_world in _SOURCES:
-        if rank not in os.environ or world not in os.environ:
+    """RANK/WORLD_SIZE, else SLURM_*, else OMPI_*, else one process.
+
+    Raises ConfigError on half a set (unless the half says one process), and on numbers that no launcher gives.
+    """
+    for rank, world, local, local_world in sources():
+        given = [name for name in (rank, world) if name in os.environ]
+        if not given:
             continue
-        # An interactive Slurm allocation sets SLURM_NTASKS without starting tasks; only srun gives a step.
-        if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
-            continue
-        try:
-            size = int(os.environ[world])
-            return Ranks(
-                int(os.environ[rank]),
-                int(os.environ.get(local, 0)),
-                size,
-                int(os.environ.get(local_world) or os.environ.get("LOCAL_SIZE") or size),
-            )
-        except ValueError:
-            raise ConfigError(
-                f"{rank}={os.environ[rank]!r} and {world}={os.environ[world]!r} must be numbers"
-            ) from None
+        me, size = _number(rank, 0), _number(world, 1, least=1)
+        if len(given) == 1:
+            if (me, size) == (0, 1):
+                continue
+            other = world if given == [rank] else rank
+            raise ConfigError(f"{given[0]}={os.environ[given[0]]} is set and {other} is not: set both, or neither")
+        if me >= size:
+            raise ConfigError(f"{rank}={me} must be below {world}={size}: ranks count from 0")
+        here = _number(local, 0)
+        there = _number(local_world if os.environ.get(local_world) else "LOCAL_SIZE", size, least=1)
+        if here >= there:
+            if rank == "RANK":
+                raise ConfigError(f"{local}={here} must be below the {there} ranks of a host ({local_world})")
+            there = here + 1  # what a job asked for a host; a step of it may be another
+        return Ranks(me, here, size, there)
     return Ranks()
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """A variable of the environment; ``default`` where it is not set, or empty. Raises ConfigError."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise ConfigError(f"{name}={text!r} must be a whole number of at least {least}")
+    return int(text)
+
+
+def threads(comm: Comm) -> int:
+    """This rank's share of torch's threads here: all of them if its cores are its own (srun and mpirun bind ranks to
+    some), else what is left where ranks of this host share cores. ``OMP_NUM_THREADS`` is meant for each rank."""
+    import torch
+
+    cores = _cores()
+    shared = Counter(core for host, theirs in comm.gather_objects((socket.gethostname(), cores)) for core in theirs
+                     if host == socket.gethostname())  # fmt: skip
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    own = sum(1 / max(1, shared[core]) for core in cores)
+    return max(1, int(torch.get_num_threads() * own / len(cores) + 1e-6))
+
+
+def _cores() -> list[int]:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def pins(ranks: Ranks) -> bool:

@@ -165,7 +165,10 @@ class EngineConfig:
     statistics: str = "global"  # of balance and consistency: global, published (per rank) or "group: N" images
     profile: Annotated[list[Natural], Range(length=2)] | None = None  # [from, to] steps: Chrome trace
     peak_tflops: Positive | None = None  # of one rank in the run's precision, for the journal's mfu; None = no mfu
-    threads: Few | None = None  # torch threads a rank; None = cores / local ranks
+    threads: Few | None = None  # torch threads a rank; None = its own cores, or its share of shared ones
+
+    def __post_init__(self) -> None:
+        self.statistics = re.sub(r"^group:\s*", "group: ", self.statistics)  # one spelling: runs are compared by it
 
 
 @dataclass

@@ -124,6 +124,10 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         return number
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if kind is str and isinstance(value, dict) and len(value) == 1:
+        (name, rest), *_ = value.items()
+        if isinstance(rest, (str, int, float)):
+            return f"{name}: {rest}"  # text with a colon, which YAML without quotes takes for a mapping
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")

@@ -57,6 +57,11 @@ def refuse(capsys, *argv):
         ("views.size=20", "views (views.size, views.local_size) of 20 x 20 px cannot be cut into patches of 8"),
         ("engine.statistics=foo", "engine.statistics: 'foo' is not global, published or 'group: N'"),
         ("engine.statistics='group: 5'", "groups of 5 images do not divide the 16 of a micro-batch"),
+        ("engine.statistics=group: 5", "groups of 5 images do not divide the 16 of a micro-batch"),
+        ("engine.statistics={group: 5}", "groups of 5 images do not divide the 16 of a micro-batch"),
+        ("engine.statistics={group: [5]}", "engine.statistics: expected str, found {'group': [5]}"),
+        ("moe.hidden_ratio=0.01", "moe.hidden_ratio 0.01 of the width 16 gives experts without a hidden unit"),
+        ("model.options.mlp_ratio=0.01", "mlp_ratio gives an MLP without a hidden unit at width 16"),
         ("model.init_from=nowhere.pt", "model.init_from=nowhere.pt: no such file or directory"),
         ("model.init_from=moe_cl", "model.init_from=moe_cl: no complete checkpoint there"),
         ("model.init_from=README.md", "README.md: no"),
@@ -147,12 +152,12 @@ def test_zero_3_with_experts(shards, tmp_path, capsys):
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "/x"}}}',
          "zero_optimization.offload_param is not supported"),
         ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', "zero_optimization.cpu_offload is not supported"),
+        ('{"steps_per_print": 5, "steps_per_print": 6}', "steps_per_print stands there twice; remove one of them"),
         ("[1]", "is a mapping"),
     ],
 )  # fmt: skip
 def test_deepspeed_json_is_held_against_deepspeed(shards, tmp_path, capsys, text, says):
     path = tmp_path / "ds.json"
-        ('{"steps_per_print": 5, "steps_per_print": 6}', "steps_per_print stands there twice; remove one of them"),
     path.write_text(text)
     err = refuse(capsys, "--check", "2", *settings(shards, tmp_path / "run", f"engine.ds_config={path}"))
     assert says in err and str(path) in err

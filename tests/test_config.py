@@ -39,6 +39,15 @@ def test_override_is_typed_and_reaches_params(tmp_path):
     assert cfg.data.train == "a=b" and cfg.schedule.max_steps == 5
 
 
+@pytest.mark.parametrize("value", ["group: 64", "{group: 64}", "group:64", "'group: 64'", '"group:  64"'])
+def test_groups_of_images_may_be_written_in_any_way(tmp_path, value):
+    """Without quotes YAML takes ``group: 64`` for a mapping; all are one setting, also when runs are compared."""
+    cfg = config.load(recipe(tmp_path, "method: mocov3\n"), [f"engine.statistics={value}"], params_of)
+    assert cfg.engine.statistics == "group: 64"
+    name = config.load(recipe(tmp_path, "method: mocov3\n"), ["track.run_name=a: b"], params_of).track.run_name
+    assert name == "a: b"
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_cl.comm import Comm
 from moe_cl.config import ConfigError, ModelConfig, MoEConfig
 from moe_cl.moe.router import Routing
-from moe_cl.typed import Few, convert
+from moe_cl.typed import Few, Width, convert
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,7 +126,12 @@ def build_backbone(
         moe = moe or MoEConfig()
         blocks = moe_blocks("odd" if name.startswith("vmoe") and moe.blocks == "none" else moe.blocks, depth)
         if blocks:
-            dim = options.get("dim", sizes.get("dim", 384))
+            dim = convert(Width, options.get("dim", sizes.get("dim", 384)), "model.options.dim")
+            if round(dim * moe.hidden_ratio) < 1:
+                raise ConfigError(
+                    f"moe.hidden_ratio {moe.hidden_ratio:g} of the width {dim} gives experts without a hidden unit; "
+                    f"raise it to {1 / dim:.2g} or more"
+                )
             fixed |= {
                 "moe_blocks": blocks,
                 "moe_of": lambda layer: (moe_factory or _local)(dim=dim, layer=layer, moe=moe),

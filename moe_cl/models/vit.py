@@ -99,6 +99,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        if hidden < 1:
+            raise ConfigError(f"model.options.mlp_ratio gives an MLP without a hidden unit at width {dim}; raise it")
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Each rank's last sign of life in the out dir, and the survivors' line when one stops answering.
 
-A heartbeat is a mapped file of one record: a memory write, cheap enough for every collective, that outlives its process
-and is seen by every host that shares the directory.
+A heartbeat is a file of one record, written over: microseconds in the page cache, cheap enough for every collective,
+and it outlives its process. A network file system passes it on within half a minute, the time-out is far longer; who
+meets an error passes its own on at once (``Heartbeat.sync``), and whoever reads opens the file anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import socket
 import struct
@@ -22,6 +22,8 @@ from typing import Any
 from moe_cl.comm import Comm
 from moe_cl.engine.preemption import written
 
+SETTLE = 1.0  # seconds that ranks which meet an error together have to pass their last signs on
+_CLOSED = -1  # no file has this number
 _RECORD = struct.Struct("<qqd48s32s")  # step, number of the sign in this run, unix time, what, host
 
 
@@ -56,23 +58,29 @@ class Heartbeat:
 
     def __init__(self, out: str | Path, rank: int):
         self.folder, self.rank, self.step, self.count = Path(out) / "heartbeats", rank, 0, 0
-        self._host = socket.gethostname().encode()[:32]
+        self._host, self._file = socket.gethostname().encode()[:32], _CLOSED
         with written(out):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open(_path(self.folder, rank, "start"))
         self("start")
 
     def _open(self, path: Path) -> None:
-        """Map a new file in the place of ``path``: another process may have the old one mapped, and a mapped file that
-        is cut short ends it (SIGBUS)."""
+        """A new file in the place of ``path``: another process may still write to the old one."""
         new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         with contextlib.ExitStack() as undo:
             undo.callback(new.unlink, missing_ok=True)
             new.write_bytes(bytes(_RECORD.size))
-            with open(new, "r+b") as file:
-                mapped = mmap.mmap(file.fileno(), _RECORD.size)
+            file = os.open(new, os.O_WRONLY)
+            undo.callback(lambda: os.close(file))
             os.replace(new, path)
-        self._map = mapped
+            undo.pop_all()
+        self._shut()
+        self._file = file
+
+    def _shut(self) -> None:
+        if self._file != _CLOSED:
+            os.close(self._file)
+        self._file = _CLOSED
 
     def __call__(self, what: str) -> None:
         """Note ``what`` is about to happen."""
@@ -80,7 +88,15 @@ class Heartbeat:
         if self.count == 2:
             self._met()
         self.last = time.monotonic()
-        self._map[:] = _RECORD.pack(self.step, self.count, time.time(), what.encode()[:48], self._host)
+        record = _RECORD.pack(self.step, self.count, time.time(), what.encode()[:48], self._host)
+        with contextlib.suppress(OSError):  # a sign that cannot be written ends no run
+            os.pwrite(self._file, record, 0)
+
+    def sync(self) -> None:
+        """Have the last sign seen by other hosts now."""
+        if self._file != _CLOSED:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file)
 
     def _met(self) -> None:
         try:
@@ -103,7 +119,7 @@ class Heartbeat:
         else:  # the ranks have not met: this one did not come
             with contextlib.suppress(OSError):  # it lies there until the next start
                 _path(self.folder, self.rank, "start").unlink(missing_ok=True)
-        self._map.close()
+        self._shut()
 
 
 def _path(folder: Path, rank: int, kind: str = "rank") -> Path:
@@ -149,6 +165,8 @@ def survivors(heartbeat: Heartbeat, world: int) -> Iterator[None]:
     except RuntimeError as error:
         if world == 1 or not _of_a_collective(error):
             raise
+        heartbeat.sync()
+        time.sleep(SETTLE)
         raise RankLost(_who(read(heartbeat.folder.parent, world), heartbeat.rank, world)) from error
 
 

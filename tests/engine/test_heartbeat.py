@@ -72,8 +72,26 @@ def test_a_full_disk_at_the_start_is_one_line_and_later_a_warning(tmp_path, no_r
             Heartbeat(tmp_path / "other", 0)
         early("all_reduce")
     assert "\n" not in str(error.value) and "goes on" in capsys.readouterr().err
-    assert heartbeat.read(tmp_path, 1)[0].what == "all_reduce"
+    early("all_to_all")  # there is room again
+    assert heartbeat.read(tmp_path, 1)[0].what == "all_to_all"
     assert [file.name for file in (tmp_path / "heartbeats").iterdir()] == ["start-00000"]
+
+
+def test_a_file_that_is_cut_or_taken_away_ends_no_run(tmp_path):
+    """As another host may do to a file of a shared directory."""
+    beat, path = Heartbeat(tmp_path, 0), tmp_path / "heartbeats" / "rank-00000"
+    beat("all_reduce")
+    os.truncate(path, 0)
+    beat("all_to_all")
+    assert heartbeat.read(tmp_path, 1)[0].what == "all_to_all"
+    path.unlink()
+    beat("broadcast")
+    beat.close()
+    number = os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY)  # gets the number that was closed
+    beat("late")
+    beat.sync()
+    os.close(number)
+    assert (tmp_path / "other").read_bytes() == b""
 
 
 def test_other_errors_pass(tmp_path):

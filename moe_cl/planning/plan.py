@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Plan and print. 0 = it fits, 1 = it does not, or the simulation found something."""
     from moe_cl import methods
-    from moe_cl.planning import show
+    from moe_cl.planning import show, simulate
 
+    if args.simulate:
+        simulate.check_ranks(args.nodes * args.gpus_per_node)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is asked of a device
     device = _device(args)
     if not args.recipe:
@@ -59,8 +61,6 @@ def main(args: argparse.Namespace) -> int:
         _advise(rows[0], cfg, args, device, images)
     failed = False
     if args.simulate:
-        from moe_cl.planning import simulate
-
         rows[-1]["simulation"] = simulate.layout(cfg, args.nodes, args.gpus_per_node)
         failed = bool(rows[-1]["simulation"]["errors"])
     if args.json:

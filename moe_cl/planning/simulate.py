@@ -38,9 +38,8 @@ def layout(cfg: RunConfig, nodes: int, per_node: int, most: int = 4) -> dict[str
     Raises:
         ConfigError: more than 1,024 ranks.
     """
-    world, ep = nodes * per_node, cfg.moe.ep_size
-    if world > MOST:
-        raise ConfigError(f"--simulate: {world} ranks are more than {MOST}; plan without it, or for fewer nodes")
+    check_ranks(world := nodes * per_node)
+    ep = cfg.moe.ep_size
     begin = time.monotonic()
     border = _border(Layout(nodes, per_node, ep, _strided(cfg)))
     chosen = sorted(list(dict.fromkeys([world - 1, 0, border, per_node % world]))[:most])
@@ -49,6 +48,12 @@ def layout(cfg: RunConfig, nodes: int, per_node: int, most: int = 4) -> dict[str
         facts = dict(zip(chosen, pool.map(lambda rank: _one(rank, asked), chosen), strict=True))
     checks, errors = compare(cfg, nodes, per_node, facts)
     return {"ranks": chosen, "world": world, "seconds": time.monotonic() - begin, "checks": checks, "errors": errors}
+
+
+def check_ranks(world: int) -> None:
+    """Raises ConfigError where so many ranks are too many."""
+    if world > MOST:
+        raise ConfigError(f"--simulate: {world} ranks are more than {MOST}; plan without it, or for fewer nodes")
 
 
 def tiny(cfg: RunConfig, world: int) -> RunConfig:

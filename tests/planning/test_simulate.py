@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from moe_cl import config, methods
+from moe_cl import cli, config, methods
 from moe_cl.config import ConfigError
-from moe_cl.planning import simulate
+from moe_cl.planning import plan, simulate
 
 CRMOE = ["batch.global_batch=3072", "engine.ds_config=multinode_zero2_moe", "moe.ep_size=8", "engine.precision=auto"]
 
@@ -95,3 +95,9 @@ def test_a_queue_too_small_for_the_cluster():
 def test_too_many_ranks():
     with pytest.raises(ConfigError, match="2048 ranks are more than 1024"):
         simulate.layout(load("crmoe_vmoe_small_300ep"), 256, 8)
+
+
+def test_too_many_ranks_are_refused_before_the_plan(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "make", None)
+    words = ["plan", "--recipe", "crmoe_vmoe_small_300ep", "--nodes", "256", "--gpus-per-node", "8", "--simulate"]
+    assert cli.main(words) == 2 and "2048 ranks are more than 1024" in capsys.readouterr().err

@@ -18,10 +18,15 @@ from moe_cl.tracking import redact
 from moe_cl.tracking.tail import parts
 
 # What a run is, and of it what may differ from start to start.
-SHAPING = ("params", "moe", "optim", "views", "teacher", "batch")
+SHAPING = ("method", "seed", "params", "model", "moe", "optim", "views", "schedule", "teacher", "batch")
+STATISTICS = "engine.statistics"
 STOPS = ("schedule.max_steps", "schedule.stop_epochs")  # where a run ends, not how it gets there
-REWRITING = ("bfloat16", "elasticity", "compression_training", "autotuning")  # sections of a DeepSpeed JSON
-LAYOUT = ("moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "views.implementation")
+ORDER = ("data.train", "data.repeat", "data.streams", "data.window")  # with a checkpoint, the loader's
+LAYOUT = (
+    "moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "batch.exact_large_batch",
+    "views.implementation", "model.activation_checkpointing", "model.compile",
+)  # fmt: skip
+FREE = ("model.options", "views.overrides")  # mappings whose keys are the user's: compared as a whole
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,6 @@ def read_json(path: str) -> dict[str, Any]:
     raise ConfigError(f"engine.ds_config {path!r} is no file; ds_configs/ has {names}")
 
 
-def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
-    """The DeepSpeed JSON with what the recipe decides filled in; saying a thing twice differently is an error."""
-    config = read_json(cfg.engine.ds_config)
-    name = cfg.engine.ds_config
-    batch = batch_identity(cfg, world)
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A mapping of a JSON; of a key that stands there twice JSON would take the last."""
     tree = dict(pairs)
@@ -128,6 +128,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
+def ds_config(cfg: RunConfig, world: int, on_cpu: bool) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the recipe decides filled in; saying a thing twice differently is an error."""
+    config = read_json(cfg.engine.ds_config)
+    name = cfg.engine.ds_config
+    batch = batch_identity(cfg, world)
 
     def fill(key: str, value: Any, source: str) -> None:
         if key in config and config[key] not in ("auto", value):
@@ -213,45 +218,54 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
         return
     if not cfg.resume:
         raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
-    theirs, mine = _theirs_and_mine(cfg)
-    for key in ("method", "seed", "model"):
-        if key in theirs and theirs[key] != mine[key]:
-            raise ConfigError(
-                f"{out} holds a run with another {key} ({theirs[key]}, here {mine[key]}): choose another --out"
-            )
-    before, now = settings.flatten(theirs), settings.flatten(mine)
-    for key, value in now.items():
-        shapes = key == "batch.global_batch" or (key.startswith("schedule.") and key not in STOPS)
-        if shapes and key in before and before[key] != value:
-            raise ConfigError(
-                f"{out} holds a run with {key}={before[key]}, not {value}: a schedule cannot change midway; "
-                "choose another --out"
-            )
+    theirs, mine = _theirs_and_mine(cfg, last)
+    if changes := [(key, was, now) for key, was, now in changed(theirs, mine) if key not in ORDER]:
+        kind = "a finished" if store.step_of(last) >= total else "an unfinished"
+        raise ConfigError(
+            f"{out} holds {kind} run with other settings ({listed(changes)}): --resume goes on with those it has; keep "
+            "them, or give the new ones a run of their own: another --out, from these weights by model.init_from=FILE "
+            f"of `checkpoint convert {out} FILE.safetensors`"
+        )
     if per_epoch is not None and (was := steps_per_epoch(last)) not in (None, per_epoch):
         raise ConfigError(
             f"{out} holds a run of {was} steps an epoch, this data set gives {per_epoch} (data.train, data.repeat, "
             "data.streams): its schedule cannot change midway; choose another --out"
         )
-    if store.step_of(last) < total:
-        return
-    for key, value in now.items():
-        if key.split(".")[0] in SHAPING and key not in LAYOUT and key in before and before[key] != value:
-            raise ConfigError(f"{out} holds a finished run with {key}={before[key]}, not {value}: choose another --out")
+
+
+def changed(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What shapes a run and differs between two trees of settings: key, value there, value here. A key that one side
+    does not have yet (settings of an older version) is no difference."""
+    theirs, mine = _flat(theirs), _flat(mine)
+    keys = [k for k in mine if (k.split(".")[0] in SHAPING and k not in (*STOPS, *LAYOUT)) or k in (*ORDER, STATISTICS)]
+    return [(k, theirs[k], mine[k]) for k in keys if k in theirs and theirs[k] != mine[k]]
+
+
+def listed(changes: list[tuple[str, Any, Any]], most: int = 12) -> str:
+    """``key old -> new`` of each, as part of a line."""
+    more = f" and {len(changes) - most} more" if len(changes) > most else ""
+    return ", ".join(f"{key} {was} -> {now}" for key, was, now in changes[:most]) + more
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    whole = {f"{a}.{b}": tree[a][b] for a, b in (key.split(".") for key in FREE) if b in (tree.get(a) or {})}
+    flat = {k: v for k, v in settings.flatten(tree).items() if not k.startswith(tuple(f"{key}." for key in FREE))}
+    return flat | whole
 
 
 def begun(cfg: RunConfig) -> bool:
     """Whether ``cfg`` resumes a run of the same settings that was begun in its out dir, be it without a checkpoint."""
-    return _journaled(cfg) and not _otherwise(cfg)
+    theirs, mine = _theirs_and_mine(cfg)
+    return _journaled(cfg) and bool(theirs) and not changed(theirs, mine)
 
 
 def _check_same_start(cfg: RunConfig) -> None:
     """A run that goes on from another's step, ended before its first checkpoint: ``--resume`` is of that run, or it is
     a ConfigError. Its steps would stand among those of a run that it is not."""
-    if _journaled(cfg) and (other := _otherwise(cfg)):
-        key, was, now = other[0]
+    if _journaled(cfg) and (other := changed(*_theirs_and_mine(cfg))):
         raise ConfigError(
-            f"{cfg.out} holds the beginning of a run with {key}={was}, not {now}: give what it had to go on with it, "
-            "leave --resume out to begin anew there, or choose another --out"
+            f"{cfg.out} holds the beginning of a run with other settings ({listed(other)}): give what it had to go on "
+            "with it, leave --resume out to begin anew there, or choose another --out"
         )
 
 
@@ -259,20 +273,11 @@ def _journaled(cfg: RunConfig) -> bool:
     return cfg.resume and bool(parts(Path(cfg.out) / "journal.jsonl"))
 
 
-def _otherwise(cfg: RunConfig) -> list[tuple[str, Any, Any]]:
-    """What makes ``cfg`` another run than the one in its out dir: key, value there, value here."""
-    theirs, mine = map(settings.flatten, _theirs_and_mine(cfg))
-    same = ("method", "seed", "model", "schedule", *SHAPING)
-    order = ("data.train", "data.repeat", "data.streams", "data.window")
-    keys = [k for k in mine if (k.split(".")[0] in same and k not in (*STOPS, *LAYOUT)) or k in order]
-    return [(k, theirs.get(k), mine[k]) for k in keys if k not in theirs or theirs[k] != mine[k]]
-
-
-def _theirs_and_mine(cfg: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the run in the out dir ({} if there is none) and ``cfg``'s, both without credentials: those are
-    kept nowhere, and may be others at each start."""
-    path = Path(cfg.out) / "config.yaml"
-    theirs = settings.read_yaml(path) if path.is_file() else {}
+def _theirs_and_mine(cfg: RunConfig, last: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the run in the out dir (or of its checkpoint ``last``; {} if there is none) and ``cfg``'s, both
+    without credentials: those are kept nowhere, and may be others at each start."""
+    paths = [folder / "config.yaml" for folder in (Path(cfg.out), last) if folder is not None]
+    theirs = next((settings.read_yaml(path) for path in paths if path.is_file()), {})
     return redact.value("config", theirs), redact.value("config", settings.to_tree(cfg))
 
 

@@ -107,27 +107,40 @@ def test_clipping_is_always_written_and_precision_filled_in():
     ("changes", "per_epoch", "says"),
     [
         ({}, 7, None),
-        ({"batch__micro_batch": 32, "schedule__max_steps": 9}, 7, None),
-        ({"batch__global_batch": 512}, 7, "holds a run with batch.global_batch=256, not 512"),
-        ({"schedule__epochs": 3.0}, 7, "holds a run with schedule.epochs=100.0, not 3.0"),
+        ({"batch__micro_batch": 32, "schedule__max_steps": 9, "moe__ep_size": 2, "engine__precision": "bf16"}, 7, None),
+        ({"engine__ds_config": "cpu_zero2", "data__workers": 3, "eval__k": 5, "model__compile": True}, 7, None),
+        ({"batch__exact_large_batch": True, "model__activation_checkpointing": True}, 7, None),
+        ({"batch__global_batch": 512}, 7, "(batch.global_batch 256 -> 512)"),
+        ({"schedule__epochs": 3.0}, 7, "(schedule.epochs 100.0 -> 3.0)"),
+        ({"optim__base_lr": 0.05, "moe__top_k": 1}, 7, "(moe.top_k 2 -> 1, optim.base_lr 0.00015 -> 0.05)"),
+        ({"teacher__momentum": 0.1, "teacher__schedule": "constant"}, 7, "teacher.schedule cosine -> constant"),
+        ({"moe__gate": "shazeer", "engine__statistics": "published"}, 7, "engine.statistics global -> published"),
+        ({"views__crop_min": 0.5, "optim__lr_scaling": "none"}, 7, "views.crop_min None -> 0.5"),
+        ({"params": {"temperature": 1.0}}, 7, "(params.temperature 0.2 -> 1.0)"),
+        ({"model__options": {"depth": 3}}, 7, "(model.options {} -> {'depth': 3})"),
         ({}, 8, "holds a run of 7 steps an epoch, this data set gives 8"),
     ],
 )
-def test_a_schedule_stays_what_it_is(tmp_path, changes, per_epoch, says):
-    """A run that goes on keeps its batch and its steps an epoch."""
+def test_a_run_goes_on_as_what_it_is(tmp_path, changes, per_epoch, says):
+    """What shapes the result stays at a resume; where and how fast it is made may change."""
     checkpoint = tmp_path / "checkpoints" / "step-00000003"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     (checkpoint / "extra.json").write_text(json.dumps({"step": 3, "extra": {"steps_per_epoch": 7}}))
-    config.save(make(), tmp_path / "config.yaml")
-    cfg = make(**changes)
-    cfg.out, cfg.resume = str(tmp_path), True
+    before = make()
+    before.params = {"temperature": 0.2}
+    config.save(before, checkpoint / "config.yaml")  # enough where the out dir has lost its own
+    cfg = make(**{key: value for key, value in changes.items() if key != "params"})
+    cfg.out, cfg.resume, cfg.params = str(tmp_path), True, changes.get("params", before.params)
     if says is None:
         checks.check_same_run(cfg, 700, per_epoch)
         return
-    with pytest.raises(ConfigError) as error:
-        checks.check_same_run(cfg, 700, per_epoch)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    for total, kind in ((700, "an unfinished"), (3, "a finished")):
+        with pytest.raises(ConfigError) as error:
+            checks.check_same_run(cfg, total, per_epoch)
+        said = str(error.value)
+        assert says in said and "\n" not in said and "another --out" in said
+        assert "steps an epoch" in said or (f"{kind} run with other settings" in said and "checkpoint convert" in said)
 
 
 def test_a_begun_run_goes_on_without_a_checkpoint_if_it_is_the_same(tmp_path):
@@ -159,7 +172,7 @@ def test_the_beginning_of_another_continuation_is_not_gone_on_with(tmp_path):
     with pytest.raises(ConfigError) as error:
         checks.check_same_run(cfg, 700, 7)
     said = str(error.value)
-    assert "beginning of a run with optim.base_lr=0.00015, not 1.0" in said and "another --out" in said
+    assert "beginning of a run with other settings (optim.base_lr 0.00015 -> 1.0)" in said and "another --out" in said
     assert "\n" not in said
     cfg.resume = False  # begins anew there
     checks.check_same_run(cfg, 700, 7)

@@ -95,7 +95,9 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     if cfg.data.cache_dir:
         checks.check_folder("data.cache_dir", cfg.data.cache_dir)
     batch = checks.check(cfg, world)
-    setup.check_model(cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation), world)
+    modules = setup.check_model(
+        cfg, batch.micro_batch * (1 if not cfg.batch.exact_large_batch else batch.accumulation), world
+    )
     mlflow.check(cfg.track)
     online.check_best(cfg)
     sizes = {"global_batch": batch.global_batch, "micro_batch": batch.micro_batch}
@@ -108,6 +110,9 @@ def preflight(cfg: config.RunConfig, world: int) -> None:
     total = schedules.total_steps(cfg.schedule, per_epoch)
     checks.check_same_run(cfg, total, per_epoch)
     source.check_schedule(cfg, total, per_epoch)
+    source.check_own(cfg, modules)
+    if (cursor := source.cursor(cfg)) is not None:
+        loader.load_state_dict(cursor)
     for name, pattern in (("eval.bank", cfg.eval.bank), ("eval.test", cfg.eval.test)):
         if pattern and (cfg.eval.knn_every or not pattern.startswith(("folder:", "torchvision:"))):
             images = len(resolve(pattern))

@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from moe_cl import cli
 from moe_cl.engine.checkpoint import store
 from moe_cl.engine.heartbeat import read as read_signs
 from moe_cl.tracking.journal import read
@@ -141,7 +142,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_is_not_done(shards, whole, tmp_p
     assert again.returncode == 0 and "nothing to resume" in again.stdout
 
 
-def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
+def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path, capsys):
     out = tmp_path / "run"
     dense = ["method=mocov3", "params={dim: 8, mlp_dim: 16}", "moe.blocks=none", "moe.ep_size=1"]
     done = launch(1, *settings(shards, out, *dense, "schedule.max_steps=2"))
@@ -154,10 +155,18 @@ def test_one_rank_through_the_launcher_and_a_second_method(shards, tmp_path):
     )
     for change, says in (
         ([], "add --resume to continue that run"),
-        (["--resume", "seed=1"], "another seed (0, here 1)"),
+        (["--resume", "seed=1"], "a finished run with other settings (seed 0 -> 1)"),
     ):
         other = launch(0, *settings(shards, out, *dense, "schedule.max_steps=2", *change))
         assert other.returncode == 2 and says in other.stderr and other.stderr.strip().count("\n") == 0
+    more = settings(shards, out, *dense, "schedule.max_steps=4", "--resume", "--check", "1")
+    assert cli.main(["pretrain", *more]) == 0
+    for change, says in (
+        ("data.streams=2", "data.streams changed since the checkpoint (streams: 4, now 2); in the middle of an epoch"),
+        ("optim.name=sgd", "holds an unfinished run with other settings (optim.name adamw -> sgd)"),
+        ("teacher.momentum=0.1", "run with other settings (teacher.momentum 0."),
+    ):
+        assert says in refuse(capsys, *more, change)
 
 
 @pytest.mark.parametrize("words", [["views.size=20"], ["--check", "0"], ["--nothing"]])
@@ -306,9 +315,12 @@ def test_profile_writes_named_spans(shards, tmp_path):
     ("more", "says"),
     [
         ([], "has checkpoints already: add --resume"),
-        (["--resume", "seed=5"], "holds a run with another seed (0, here 5)"),
-        (["--resume", "optim.base_lr=0.5"], "holds a finished run with optim.base_lr="),
-        (["--resume", "schedule.epochs=50"], "a schedule cannot change midway"),
+        (["--resume", "seed=5"], "holds a finished run with other settings (seed 0 -> 5)"),
+        (
+            ["--resume", "schedule.epochs=50"],
+            "holds an unfinished run with other settings (schedule.epochs 1.0 -> 50.0)",
+        ),
+        (["--resume", "moe.experts=2", "optim.base_lr=0.5"], "(moe.experts 4 -> 2, optim.base_lr "),
     ],
 )
 def test_an_out_dir_holds_one_run(shards, whole, capsys, more, says):

@@ -71,16 +71,21 @@ def build_method(
     return method, method.build_student(backbone(False)), method.build_teacher(backbone(True))
 
 
-def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
-    """Method, backbone and heads built without memory (meta tensors), for what they refuse. Raises ConfigError.
+def check_model(cfg: RunConfig, images: int, ranks: int) -> dict[str, nn.Module]:
+    """Method, backbone and heads built without memory (meta tensors), for what they refuse, and for what
+    ``model.init_from`` has for them. Raises ConfigError.
 
-    ``images``: in one loss of a rank, of which there are ``ranks``.
+    Args:
+        cfg: the run. images: in one loss of a rank, of which there are ``ranks``.
+
+    Returns:
+        The modules by what a checkpoint calls them, all experts included.
     """
     groups.check(cfg.engine.statistics, images * ranks)
-    names: list[str] = []
+    there: dict[str, tuple[int, ...]] = {}
     if source.needed(cfg):
         try:
-            names = start.check(cfg.model.init_from)
+            there = start.check(cfg.model.init_from)
         except ConfigError as error:
             if not cfg.follows:
                 raise
@@ -92,10 +97,10 @@ def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
     one = copy.deepcopy(cfg)
     one.moe.ep_size, one.model.compile = 1, False
     with torch.device("meta"):
-        # Experts draw their start on the CPU; their sizes are checked apart, so nothing stands in their place here.
-        method, student, _ = build_method(one, LocalComm(), lambda **_: torch.nn.Identity())
+        method, student, teacher = build_method(one, LocalComm(), None)
     method.check(student, images, ranks)
-    start.check_experts(cfg.model.init_from, names, student)
+    if there:
+        start.check_network(cfg.model.init_from, there, student, cfg.optim.name)
     if (channels := cfg.model.options.get("in_chans", 3)) != 3:
         raise ConfigError(f"model.options.in_chans {channels}: views have 3 channels; leave it out")
     for size, _ in build_spec(cfg.views).resolutions:
@@ -104,6 +109,8 @@ def check_model(cfg: RunConfig, images: int, ranks: int) -> None:
         student.backbone.check_image(cfg.eval.size, cfg.eval.size, "evaluation images (eval.size)")
     if cfg.batch.exact_large_batch:
         large_batch.check_backbone(student.backbone)
+    modules = {"student": student, "teacher": teacher, "method": method}
+    return {kind: module for kind, module in modules.items() if module is not None}
 
 
 def broadcast_buffers(modules: list[nn.Module], comm: Comm) -> None:

@@ -43,7 +43,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.b2 = nn.Parameter(torch.zeros(experts, dim))
         with torch.no_grad():
-            for e in range(experts):
+            for e in range(0 if self.w1.is_meta else experts):  # nothing to draw in a network of shapes alone
                 generator = torch.Generator().manual_seed(init_seed(seed, layer, first + e))
                 for weight in (self.w1[e], self.w2[e]):
                     weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))

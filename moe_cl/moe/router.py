@@ -60,8 +60,10 @@ class Router(nn.Module):
         self.noise_std, self.renormalize, self.z_coefficient = moe.noise_std, moe.renormalize, moe.z_loss
         self.load: Literal["corrected", "published"] = moe.load
         bound = 1.0 / math.sqrt(moe.experts)
-        generator = torch.Generator().manual_seed(init_seed(seed, layer, -1))
-        self.weight = nn.Parameter(torch.empty(dim, moe.experts).uniform_(-bound, bound, generator=generator))
+        self.weight = nn.Parameter(torch.empty(dim, moe.experts))
+        if not self.weight.is_meta:  # a network of shapes alone has nothing to draw
+            generator = torch.Generator().manual_seed(init_seed(seed, layer, -1))
+            nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
     def forward(self, x_NTD: Tensor, keys_N: Tensor | None = None) -> Routing:
         """Routing of every token. ``keys_N`` int64 is needed where there is noise: training with noise_std > 0."""

@@ -193,6 +193,7 @@ def test_experts_in_other_blocks_are_refused_before_the_start(first, tmp_path, b
     out, _, _ = first
     call("convert", out, tmp_path / "w.safetensors")
     cfg = make(model__backbone="vit", model__options=VIT, views__size=16, moe__blocks=blocks, batch__global_batch=8)
+    cfg.moe.experts, cfg.moe.hidden_ratio = 4, 1.0
     cfg.params = methods.params_of(cfg.method)()
     for path in (out, tmp_path / "w.safetensors"):
         cfg.model.init_from, cfg.out = str(path), str(tmp_path / "new")
@@ -201,6 +202,41 @@ def test_experts_in_other_blocks_are_refused_before_the_start(first, tmp_path, b
         same = copy.deepcopy(cfg)
         same.moe.blocks = [1]
         setup.check_model(same, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"moe__experts": 2}, r"router.weight has shape \(16, 4\), this model \(16, 2\)"),
+        ({"moe__hidden_ratio": 2.0}, r"experts.w1 has shape \(4, 16, 16\), this model \(4, 32, 16\)"),
+        ({"moe__gate": "shazeer"}, "lacks student backbone.blocks.1.mlp.router.noise_weight"),
+        ({"model__options": VIT | {"depth": 3}}, "backbone tensors differ"),
+        ({"optim__name": "sgd"}, "has exp_avg, exp_avg_sq of another optimizer: keep optim.name"),
+        ({"moe__blocks": "none"}, "has experts in the blocks"),
+    ],
+)
+def test_another_network_is_refused_before_the_start(first, tmp_path, changes, says):
+    """By the manifest alone: to start from the run, and to go on with it."""
+    same = {"model__backbone": "vit", "model__options": VIT, "views__size": 16, "batch__global_batch": 8}
+    same |= {"moe__blocks": "odd", "moe__experts": 4, "moe__hidden_ratio": 1.0}
+    cfg, other = make(**same), make(**(same | changes))
+    for one in (cfg, other):
+        one.params = methods.params_of(one.method)()
+        one.model.init_from, one.out = str(first[0]), str(tmp_path / "new")
+    setup.check_model(cfg, 8, 1)
+    with pytest.raises(ConfigError, match=says) as error:
+        setup.check_model(other, 8, 1)
+    assert "\n" not in str(error.value)
+    modules = []
+    for one in (cfg, other):
+        one.model.init_from, one.out, one.resume = None, str(first[0]), True
+        modules.append({"student": nn.ModuleDict({"backbone": setup.check_model(one, 8, 1)["student"].backbone})})
+        modules[-1]["student"]["heads"] = nn.ModuleDict({"view": nn.Linear(16, 3)})
+    source.check_own(cfg, modules[0])
+    with pytest.raises(ConfigError, match=r"step-00000003.*(resume with the recipe that wrote it|keep optim.name)"):
+        source.check_own(other, modules[1])
+    other.resume = False
+    source.check_own(other, modules[1])
 
 
 # -- what others wrote -------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import pytest
 
 from moe_cl import config, methods
 from moe_cl.cli import main
+from moe_cl.engine import checks
+from moe_cl.engine.checkpoint import source
 from moe_cl.engine.schedules import total_steps
 from moe_cl.tracking.journal import Journal, read
 from moe_cl.tracking.tail import header
@@ -25,6 +27,8 @@ def test_the_second_phase_is_the_first_with_regions(name, capsys):
     assert total_steps(first.schedule, 10) < total_steps(second.schedule, 10) == 3000
     assert first.schedule.epochs == second.schedule.epochs, "learning rate and temperatures go on along one curve"
     assert (first.model.backbone, first.optim, first.batch) == (second.model.backbone, second.optim, second.batch)
+    theirs, mine = config.to_tree(first), config.to_tree(second)
+    assert not [key for key, *_ in checks.changed(theirs, mine) if source.on_curve(key)]
     assert main(["recipes", name]) == 0
     commands = [line for line in capsys.readouterr().out.splitlines() if "--recipe" in line]
     words = [shlex.split(line.strip("# ")) for line in commands]

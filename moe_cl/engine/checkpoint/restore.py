@@ -88,6 +88,12 @@ def load_module(
             b.copy_(reader.tensor(f"{kind}/{name}"))
 
 
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint has of ``module``, which holds all experts and is not cut up; it may stand on meta tensors."""
+    state = [*module.named_parameters(), *saved_buffers(module).items()]
+    return {name: tuple(tensor.shape) for name, tensor in state}
+
+
 def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the state (persistent ones)."""
     names = set(module.state_dict(keep_vars=True))
@@ -116,6 +122,17 @@ def refresh_masters(view: FlatView) -> None:
             view.master(fragment).copy_(held.reshape(-1)[fragment.start - start : fragment.stop - start])
 
 
+def check_moments(reader: Reader, optimizer: str) -> set[str]:
+    """The moments of an ``optimizer`` (its class or ``optim.name``). Raises ConfigError if the reader has others."""
+    kinds = {name.split("/")[1] for name in reader.manifest.tensors if name.startswith("optimizer/")}
+    mine = next((moments for name, moments in MOMENTS.items() if name.lower() == optimizer.lower()), kinds)
+    if not kinds <= mine:
+        raise ConfigError(
+            f"{reader.path.name} has {', '.join(sorted(kinds))} of another optimizer: keep optim.name, or start anew"
+        )
+    return mine
+
+
 def check_optimizer(reader: Reader, view: FlatView, strict: bool = True) -> None:
     """The checkpoint's optimizer state is of this optimizer and whole: every moment of a parameter, or none of them.
 
@@ -126,11 +143,7 @@ def check_optimizer(reader: Reader, view: FlatView, strict: bool = True) -> None
         ConfigError: another optimizer, or another choice of what is trained.
         Damaged: state that no run has.
     """
-    at = reader.path.name
-    kinds = {name.split("/")[1] for name in reader.manifest.tensors if name.startswith("optimizer/")}
-    mine = MOMENTS.get(type(view.inner).__name__, kinds)
-    if not kinds <= mine:
-        raise ConfigError(f"{at} has {', '.join(sorted(kinds))} of another optimizer: keep optim.name, or start anew")
+    at, mine = reader.path.name, check_moments(reader, type(view.inner).__name__)
     steps, weights, trained = reader.steps(), set(reader.names("student")), view.trained()
     have = {kind: set(reader.names(f"optimizer/{kind}")) for kind in mine}
     saved = set().union(*have.values())

@@ -6,16 +6,19 @@ curves only with its batch, its schedule and its steps an epoch; and it has to e
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from moe_cl import config as settings
 from moe_cl.config import ConfigError, RunConfig
-from moe_cl.engine.checkpoint import start, store
+from moe_cl.engine.checkpoint import restore, start, store
 from moe_cl.engine.checkpoint.format import Damaged, Reader
-from moe_cl.engine.checks import STOPS, has_moe
+from moe_cl.engine.checks import changed, has_moe, listed
 
 
 def needed(cfg: RunConfig) -> bool:
@@ -44,6 +47,37 @@ def fresh_names(cfg: RunConfig, names: list[str]) -> list[str]:
     return start.fresh_names(cfg.model.init_from, names)
 
 
+def check_own(cfg: RunConfig, modules: dict[str, nn.Module]) -> None:
+    """At a resume, the run's newest checkpoint that can be read is of this network and optimizer. Raises ConfigError.
+
+    ``modules``: by what a checkpoint calls them, with all experts; they may stand on meta tensors.
+    """
+    for reader in _readers(store.complete(cfg.out) if cfg.resume else []):
+        restore.check_moments(reader, cfg.optim.name)
+        for kind, module in modules.items():
+            restore.check_names(reader, kind, restore.shapes(module))
+        return
+
+
+def cursor(cfg: RunConfig) -> dict[str, Any] | None:
+    """The loader's state that this start goes on with, if that is in the middle of an epoch."""
+    path = start.checkpoint_at(Path(cfg.model.init_from)) if needed(cfg) else None
+    other = [] if path is None or _starts_anew(cfg, path) else [path]
+    for reader in _readers((store.complete(cfg.out) if cfg.resume else []) or other):
+        try:
+            state = reader.state()["extra"].get("loader")
+        except Damaged:  # loading passes over it as well
+            continue
+        return state if state and state.get("cursor") else None
+    return None
+
+
+def _readers(paths: list[Path]) -> Iterator[Reader]:
+    for path in paths:
+        with contextlib.suppress(Damaged):  # loading passes over it as well, and says so
+            yield Reader(path)
+
+
 def check_schedule(cfg: RunConfig, total: int, per_epoch: int) -> None:
     """Steps are left after the source's, and its curves are this run's. Raises ConfigError.
 
@@ -66,13 +100,22 @@ def check_schedule(cfg: RunConfig, total: int, per_epoch: int) -> None:
             f"model.init_from={cfg.model.init_from} has {was} steps an epoch, this run {per_epoch} (data.train, "
             f"data.repeat, batch.global_batch): its schedules would jump at step {step}; keep them, {way}"
         )
-    for key, value in settings.flatten(settings.to_tree(cfg)).items():
-        shapes = key == "batch.global_batch" or (key.startswith("schedule.") and key not in STOPS)
-        if shapes and key in theirs and theirs[key] != value:
-            raise ConfigError(
-                f"model.init_from={cfg.model.init_from} has {key}={theirs[key]}, not {value}: its schedules would jump "
-                f"at step {step}; keep it, {way}"
-            )
+    if other := [change for change in changed(theirs, settings.to_tree(cfg)) if on_curve(change[0])]:
+        raise ConfigError(
+            f"model.init_from={cfg.model.init_from} was made with other settings ({listed(other)}): its schedules "
+            f"would jump at step {step}; keep them, {way}"
+        )
+
+
+def on_curve(key: str) -> bool:
+    """Whether a setting makes the curves of learning rate, decay, EMA or temperatures, at whose step a run goes on."""
+    group, _, name = key.partition(".")
+    return (
+        group in ("schedule", "teacher")
+        or key in ("batch.global_batch", "optim.base_lr", "optim.lr_scaling")
+        or name.startswith("weight_decay")
+        or (group == "params" and ("temperature" in name or name.startswith("warmup")))
+    )
 
 
 def _starts_anew(cfg: RunConfig, path: Path) -> bool:
@@ -81,11 +124,11 @@ def _starts_anew(cfg: RunConfig, path: Path) -> bool:
 
 
 def _origin(path: Path) -> tuple[int, int | None, dict[str, Any]]:
-    """Step, steps an epoch and flat settings of a checkpoint's run; nothing where it does not say."""
+    """Step, steps an epoch and settings of a checkpoint's run; nothing where it does not say."""
     try:
         reader = Reader(path)
         extra = reader.state()["extra"]
         tree = yaml.safe_load(reader.check("config.yaml").read_text()) if "config.yaml" in reader.manifest.files else {}
     except (Damaged, OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"model.init_from: checkpoint {' '.join(str(error).split())}; take another") from None
-    return int(extra.get("step", reader.manifest.step)), extra.get("steps_per_epoch"), settings.flatten(tree or {})
+    return int(extra.get("step", reader.manifest.step)), extra.get("steps_per_epoch"), tree or {}

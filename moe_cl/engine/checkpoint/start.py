@@ -9,7 +9,7 @@ another shape, is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import foreign, restore, store
-from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader, read_manifest
+from moe_cl.engine.checkpoint.format import MANIFEST, Damaged, Reader
 from moe_cl.engine.checkpoint.report import Report
 from moe_cl.engine.flat import FlatView, Placement, fill, local, placements
 
@@ -62,16 +62,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def check(path: str | Path) -> list[str]:
-    """Something to start from is at ``path`` and can be read: its student's names of tensors. Raises ConfigError."""
+def check(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Something to start from is at ``path`` and can be read: its student's tensors and their shapes. Raises
+    ConfigError."""
     found = checkpoint_at(Path(path))
     if found is None:
-        return list(read_weights(Path(path)))
+        return {name: tuple(value.shape) for name, value in read_weights(Path(path)).items()}
     try:
-        read_manifest(found)
-        return list(Reader(found).names("student"))
+        reader = Reader(found)
+        return {name: reader.shape(f"student/{name}") for name in reader.names("student")}
     except Damaged as error:
         raise ConfigError(f"model.init_from: checkpoint {error}; take another") from None
+
+
+def check_network(path: str | Path, there: Mapping[str, tuple[int, ...]], student: nn.Module, optimizer: str) -> None:
+    """``init_from`` will find in these tensors of a student experts in the same blocks, the same backbone, and the
+    state of this optimizer (``optim.name``). ``student``: all experts, maybe on meta tensors. Raises ConfigError."""
+    check_experts(path, there, student)
+    dense, found = _becomes_sparse(student, there), checkpoint_at(Path(path))
+    _compare(there, restore.shapes(student), "student", path, dense)
+    if found is not None and not dense:
+        restore.check_moments(Reader(found), optimizer)
 
 
 def check_experts(path: str | Path, names: Iterable[str], student: nn.Module) -> None:
@@ -163,21 +174,7 @@ def _load(
     mine = {**{name: place.shape for name, place in places.items()}, **{n: tuple(b.shape) for n, b in buffers.items()}}
     if done:
         state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
-    fresh, unused = [n for n in mine if n not in state], [n for n in state if n not in mine]
-    strict = [] if done else [n for n in (*fresh, *unused) if n.startswith("backbone.")]
-    if strict:
-        side = "lacks" if strict[0] in fresh else "has, and this model does not,"
-        raise ConfigError(
-            f"model.init_from={path} {side} {kind} {strict[0]} ({len(strict)} backbone tensors differ): "
-            "use the backbone it was made with"
-        )
-    loaded = [n for n in mine if n in state]
-    for name in loaded:
-        if tuple(state[name].shape) != tuple(mine[name]):
-            raise ConfigError(
-                f"model.init_from={path}: {kind} {name} has shape {tuple(state[name].shape)}, this model "
-                f"{tuple(mine[name])}: use the settings it was made with"
-            )
+    loaded, fresh, unused = _compare({n: tuple(x.shape) for n, x in state.items()}, mine, kind, path, done)
     for name, p in module.named_parameters():
         if name in state:
             at, flat = places[name].start, state[name].reshape(-1)
@@ -186,6 +183,29 @@ def _load(
         if name in state:
             b.copy_(state[name])
     return Report(loaded, [n for n in fresh if not (done and n.startswith("backbone."))], unused, upcycled=done)
+
+
+def _compare(
+    there: Mapping[str, tuple[int, ...]], mine: Mapping[str, tuple[int, ...]], kind: str, path: str | Path, done: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Names on both sides, here alone and there alone. Raises ConfigError: another backbone (unless ``done``: its
+    tensors are made another way), or another shape."""
+    fresh, unused = [n for n in mine if n not in there], [n for n in there if n not in mine]
+    strict = [] if done else [n for n in (*fresh, *unused) if n.startswith("backbone.")]
+    if strict:
+        side = "lacks" if strict[0] in fresh else "has, and this model does not,"
+        raise ConfigError(
+            f"model.init_from={path} {side} {kind} {strict[0]} ({len(strict)} backbone tensors differ): "
+            "use the backbone (model, moe) it was made with"
+        )
+    loaded = [n for n in mine if n in there]
+    for name in loaded:
+        if there[name] != tuple(mine[name]):
+            raise ConfigError(
+                f"model.init_from={path}: {kind} {name} has shape {there[name]}, this model {tuple(mine[name])}: "
+                "use the settings it was made with"
+            )
+    return loaded, fresh, unused
 
 
 def _student_of(path: Path, view: FlatView) -> dict[str, Tensor]:

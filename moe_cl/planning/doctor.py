@@ -1,43 +1,24 @@
 """``python -m moe_cl doctor [--hostfile F]``: what would go wrong, found before the job; one line each with what to do.
 
 Every host is asked over ssh for the facts of ``host.py`` about itself, all at once; facts that must be equal are
-compared; then one rank a host measures the links between them.
+compared; then it is seen whether they share the out dir, and one rank a host measures the links between them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moe_cl import config
 from moe_cl.config import ConfigError
 from moe_cl.planning import host
+from moe_cl.planning.hosts import Answer, ask, links, not_shared, read_hostfile
 
-# A first start of torch from a network file system takes a minute by itself.
-CLOCK_SKEW, FREE_GIB, ASK_SECONDS = 2.0, 5.0, 180
-PASSED_ON = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
-
-
-@dataclass
-class Answer:
-    """What a host said. ``skew``: its clock minus this one's, seconds. ``slots``: ranks the hostfile gives it."""
-
-    name: str
-    facts: dict[str, Any] | None = None
-    skew: float = 0.0
-    error: str = ""
-    slots: int = 1
+CLOCK_SKEW, FREE_GIB = 2.0, 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,74 +41,6 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def read_hostfile(path: str) -> dict[str, int]:
-    """Host names in order, with their slots. Raises ConfigError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"hostfile {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"hostfile {path} is no text file; write lines like 'node1 slots=8'") from None
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        words = line.split("#", 1)[0].split()
-        if not words:
-            continue
-        if len(words) != 2 or not re.fullmatch("slots=[1-9][0-9]{0,5}", words[1]):
-            raise ConfigError(f"hostfile {path}, line {number}: write it as 'HOST slots=N', found {line.strip()!r}")
-        if words[0] in hosts:
-            raise ConfigError(
-                f"hostfile {path}, line {number}: {words[0]} stands there twice; give it all slots in one line"
-            )
-        hosts[words[0]] = int(words[1].removeprefix("slots="))
-    if not hosts:
-        raise ConfigError(f"hostfile {path} names no host; write lines like 'node1 slots=8'")
-    return hosts
-
-
-def remote(name: str, *arguments: str, **environment: str) -> list[str]:
-    """The ssh command that runs ``python -m ARGUMENTS`` in this checkout on host ``name``."""
-    passed = {k: os.environ[k] for k in PASSED_ON if k in os.environ} | environment
-    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    words = ["env", f"PATH={path}", *(f"{k}={v}" for k, v in passed.items()), sys.executable, "-m", *arguments]
-    return [
-        "ssh",
-        "-o",
-        "BatchMode=yes",
-        "-o",
-        "ConnectTimeout=10",
-        name,
-        f"cd {shlex.quote(str(host.ROOT))} && {shlex.join(words)}",
-    ]
-
-
-def ask(name: str, arguments: list[str]) -> Answer:
-    """One host's facts over ssh."""
-    command = remote(name, "moe_cl", "doctor", "--json", *arguments)
-    before = time.time()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Answer(name, error=f"no answer within {ASK_SECONDS} s: is it up, and does `ssh {name} true` work?")
-    after = time.time()
-    said = (done.stderr.strip().splitlines() or [""])[-1]
-    if done.returncode == 2 and said.startswith("moe_cl: "):  # it runs there, and refuses a setting
-        return Answer(name, error=said.removeprefix("moe_cl: "))
-    if done.returncode == 255:
-        reason = said or "no reason given"
-        return Answer(name, error=f"ssh cannot reach it ({reason}): check the name, the network and the key")
-    try:
-        facts = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        reason = said or f"exit code {done.returncode}"
-        return Answer(
-            name, error=f"this checkout does not run there ({reason}): it must lie at {host.ROOT}, with .venv"
-        )
-    # The clock was read at the end of the call, at most a network trip before ``after``.
-    skew = facts["time"] - after if facts["time"] > after else min(0.0, facts["time"] - before)
-    return Answer(name, facts, skew)
-
-
 def problems(answers: list[Answer]) -> list[str]:
     """One line for each thing that would break or spoil the job."""
     out = [f"{a.name}: {a.error}" for a in answers if a.error]
@@ -146,6 +59,9 @@ def problems(answers: list[Answer]) -> list[str]:
         ("config", "use the same recipe, DeepSpeed JSON and settings on all"),
     ):
         out += _different(good, what, lambda f, what=what: f.get(what), advice)
+    cpus = [a for a in good if a.facts["kind"] == "cpu"]
+    advice = "other bits and speed: give all the same compiler, or set MOE_CL_KERNELS=0 on all"
+    out += _different(cpus, "experts", lambda f: f["experts"], advice)
     whole = [a for a in good if "error" not in a.facts.get("data", {})]  # what is broken has its own line
     out += _different(whole, "data", lambda f: f.get("data", {}).get("digest"), "bring the same shards to all hosts")
     return out
@@ -175,30 +91,6 @@ def _different(answers: list[Answer], what: str, value: Any, advice: str) -> lis
     return [f"{what} differs: {', '.join(f'{name} {v}' for name, v in values.items())}; {advice}"]
 
 
-def links(names: list[str], port: int) -> dict[str, Any]:
-    """One rank a host; the figures of ``links.measure``, or ``error``."""
-    address = names[0].rsplit("@", 1)[-1]
-    world = {"WORLD_SIZE": str(len(names)), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            remote(name, "moe_cl.planning.links", **world, RANK=str(rank), LOCAL_WORLD_SIZE="1"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, name in enumerate(names)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=ASK_SECONDS) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        return {"error": f"the hosts do not reach each other on port {port}: open it, or set GLOO_SOCKET_IFNAME"}
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for name, rank, (_, err) in zip(names, ranks, outputs, strict=True):
-        if rank.returncode:
-            return {"error": f"{name}: {(err.strip().splitlines() or ['no word'])[-1]}"}
-    return json.loads(outputs[0][0].strip().splitlines()[-1])
-
-
 def main(args: argparse.Namespace) -> int:
     """Ask, compare, print. 0 = all well, 1 = something to mend."""
     cfg = planned(args)
@@ -219,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
             answers = list(pool.map(lambda name: ask(name, rest), names))
         for answer in answers:
             answer.slots = hosts[answer.name]
-    found = problems(answers)
+    found = problems(answers) + (not_shared(answers) if cfg is not None else [])
     speed: dict[str, Any] = {}
     if len(names) > 1 and not args.no_links and not any(a.error for a in answers):
         speed = links(names, args.port)
@@ -250,20 +142,23 @@ def show(answers: list[Answer], speed: dict[str, Any], found: list[str]) -> None
     rows = []
     for a in answers:
         if a.facts is None:
-            rows.append([a.name, "no answer", *[""] * 7])
+            rows.append([a.name, "no answer", *[""] * 8])
             continue
         f = a.facts
-        devices = f["devices"] or [f"{f['cores']} cores, {f['memory_gib']:.0f} GiB"]
+        devices = f["devices"] or [f"{f.get('cores')} cores, {f['memory_gib']:.0f} GiB"]
         addresses = ", ".join(f"{k} {v}" for k, v in f["interfaces"].items())
         disk = f["disk"].get("error") or f"{f['disk']['free_gib']:.0f} GiB free, {f['disk']['write_mb_s']:.0f} MB/s"
         data = f.get("data", {})
         rows.append([
-            a.name, f"{f['python']}, torch {f['packages']['torch']}, deepspeed {f['packages']['deepspeed']}",
-            f"{len(f['devices']) or ''} {devices[0]}".strip(), f["collectives"], addresses or "none", disk,
+            a.name, f"{f['python']}, torch {f['packages'].get('torch')}, deepspeed {f['packages'].get('deepspeed')}",
+            f"{len(f['devices']) or ''} {devices[0]}".strip(), f["experts"], f["collectives"],
+            addresses or "none", disk,
             data.get("error") or (f"{data['samples']:,} samples" if data else "not asked"),
             f["tracking"].get("error") or f["tracking"]["state"], f"{a.skew:+.1f} s",
         ])  # fmt: skip
-    table(["host", "software", "devices", "collectives", "network", "out dir", "data", "MLflow", "clock"], rows)
+    table(
+        ["host", "software", "devices", "experts", "collectives", "network", "out dir", "data", "MLflow", "clock"], rows
+    )
     if speed and "error" not in speed:
         print(f"links: {speed['latency_ms']:.2f} ms, all-reduce {speed['all_reduce_mb_s']:.0f} MB/s, "
               f"all-to-all {speed['all_to_all_mb_s']:.0f} MB/s a rank")  # fmt: skip

@@ -28,6 +28,14 @@ from moe_cl.tracking import redact
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITE_BYTES = 64 << 20
+# What every answer holds. A host with another age of this code may answer otherwise.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("host", "python", "code", "compiler", "kind", "collectives", "experts"), str),
+    **dict.fromkeys(("packages", "interfaces", "disk", "tracking"), dict),
+    **dict.fromkeys(("ninja", "port_free"), bool),
+    "memory_gib": float,
+    "devices": list,
+}
 
 
 def pins() -> dict[str, str]:
@@ -83,6 +91,23 @@ def accelerators() -> dict[str, Any]:
     return {"kind": "cuda", "devices": names, "collectives": f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"}
 
 
+def experts() -> str:
+    """What computes experts here: the compiled kernels, or torch's products (other bits, slower), and why those."""
+    import torch
+
+    from moe_cl.moe import kernels
+
+    loaded = kernels.load() if torch.backends.mkldnn.is_available() else None
+    known = (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    if types := [name for name, dtype in known if loaded is not None and loaded.works(dtype)]:
+        return f"compiled kernels ({', '.join(types)})"
+    if os.environ.get("MOE_CL_KERNELS") == "0":
+        return "torch's products: MOE_CL_KERNELS=0"
+    if loaded is not None:
+        return "torch's products: not for this processor"
+    return f"torch's products: {'no compiler' if compiler() == 'missing' else 'the kernels do not compile'}"
+
+
 def interfaces() -> dict[str, str]:
     """IPv4 address of each interface that is up, the loopback left out."""
     stats = psutil.net_if_stats()
@@ -95,8 +120,9 @@ def interfaces() -> dict[str, str]:
 
 
 def disk(out: Path) -> dict[str, Any]:
-    """Free GiB and synced write speed (MB/s) where ``out`` is, or will be; ``error`` if that cannot be written."""
-    folder = out
+    """The folder where ``out`` is, or will be, its free GiB and synced write speed (MB/s); ``error`` if it cannot be
+    written."""
+    folder = out.absolute()
     try:
         while not folder.exists():
             folder = folder.parent
@@ -109,7 +135,7 @@ def disk(out: Path) -> dict[str, Any]:
         free = shutil.disk_usage(folder).free / 2**30
     except OSError as error:
         return {"error": f"{folder}: {error.strerror}; choose another --out, or make it writable"}
-    return {"free_gib": free, "write_mb_s": speed}
+    return {"folder": str(folder), "free_gib": free, "write_mb_s": speed}
 
 
 def data_set(pattern: str) -> dict[str, Any]:
@@ -191,7 +217,8 @@ def facts(cfg: config.RunConfig | None, port: int) -> dict[str, Any]:
         "ninja": shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists(),
         "cores": psutil.cpu_count(),
         "memory_gib": psutil.virtual_memory().total / 2**30,
-        **accelerators(),
+        **(found := accelerators()),
+        "experts": experts() if found["kind"] == "cpu" else "the device's",
         "interfaces": interfaces(),
         "port_free": port_free(port),
         "disk": disk(Path(cfg.out) if cfg else Path.cwd()),
@@ -201,5 +228,17 @@ def facts(cfg: config.RunConfig | None, port: int) -> dict[str, Any]:
         out["config"] = settings(cfg)
         if cfg.data.train:
             out["data"] = data_set(cfg.data.train)
-    out["time"] = time.time()
     return out
+
+
+def whole(facts: Any) -> bool:
+    """Whether ``facts`` are what ``facts()`` gives."""
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()):
+        return False
+    disk, server, data = facts["disk"], facts["tracking"], facts.get("data", {"samples": 0})
+    return (
+        ("error" in disk or {"folder", "free_gib", "write_mb_s"} <= disk.keys())
+        and ("error" in server or "state" in server)
+        and isinstance(data, dict)
+        and ("error" in data or "samples" in data)
+    )

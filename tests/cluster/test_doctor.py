@@ -67,7 +67,8 @@ def test_what_is_wrong_on_a_host_is_one_line_each(cluster, shards, tmp_path):
         "10.77.0.9: ssh cannot reach it (",
         f"h2: deepspeed 0.1.0 (pinned {version}): run launchers/install.sh there",
         "h2: only 0.1 GiB free for the out dir",
-        "h2: its clock is +3",  # 3600 s, less what the answer took to come back
+        f"h2: out dir: what h1 writes in {out} is not there",
+        "h2: its clock is +3600 s off",
         "h1: the port is in use: choose another with --port",
         f"h1: tracking: no answer from http://***@10.77.0.254:{port} (",
         f"h2: tracking: no answer from http://***@10.77.0.254:{port} (",

@@ -12,8 +12,9 @@ import pytest
 
 from moe_cl import cli
 from moe_cl.config import ConfigError
-from moe_cl.planning import doctor, host
-from moe_cl.planning.doctor import Answer, problems, read_hostfile
+from moe_cl.planning import host, hosts
+from moe_cl.planning.doctor import problems
+from moe_cl.planning.hosts import Answer, read_hostfile
 from tests.small import make_shards
 
 
@@ -53,6 +54,7 @@ def test_versions(facts):
         ({"compiler": "missing"}, "b: no g++ or ninja"),
         ({"disk": {"free_gib": 0.5, "write_mb_s": 1.0}}, "b: only 0.5 GiB free"),
         ({"tracking": {"error": "no answer: refused"}}, "b: tracking: no answer: refused"),
+        ({"experts": "torch's products: no compiler"}, "b torch's products: no compiler; other bits and speed"),
         ({"kind": "cuda"}, "kind differs: a cpu, b cuda; use hosts with the same accelerators"),
     ],
 )
@@ -121,13 +123,65 @@ def test_settings_without_a_run_are_refused(capsys):
         assert "name it with --recipe" in capsys.readouterr().err
 
 
-def test_a_refusal_there_is_said_as_it_is(tmp_path, monkeypatch):
-    """``ssh`` is a script that answers as the other host's command does."""
-    ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\necho 'moe_cl: unknown recipe x' >&2\nexit 2\n")
-    ssh.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert doctor.ask("h2", []).error == "unknown recipe x"
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    """``ssh`` is a script: each host that it knows answers as told, the others by running the command here."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def says(**hosts):
+        path = folder / "ssh"
+        cases = "".join(f"{name}) {script} ;;\n" for name, script in hosts.items())
+        path.write_text('#!/bin/bash\nargs=("$@")\nhost=${args[-2]} command=${args[-1]}\ncase "$host" in\n'
+                        f'{cases}*) bash -c "$command" ;;\nesac\n')  # fmt: skip
+        path.chmod(0o755)
+
+    return says
+
+
+def test_a_refusal_there_is_said_as_it_is(ssh):
+    ssh(h2="echo 'moe_cl: unknown recipe x' >&2; exit 2")
+    assert hosts.ask("h2", []).error == "unknown recipe x"
+
+
+@pytest.mark.parametrize("behind", [-3, 0, 3])
+def test_a_clock_is_found_in_both_directions(ssh, tmp_path, facts, behind):
+    """Neither the login nor the start of Python hides a clock that is behind."""
+    answer = tmp_path / "answer"
+    answer.write_text(json.dumps(facts))
+    ssh(h2=f"sleep 0.5; echo Welcome; date -d '{behind} seconds' '+clock %s.%N'; sleep 3.5; cat {answer}")
+    found = hosts.ask("h2", [])
+    assert found.error == "" and abs(found.skew - behind) < 1
+    assert len(problems([found])) == (behind != 0)
+
+
+@pytest.mark.parametrize("change", [None, "disk", "packages", "experts", "folder"])
+def test_an_answer_of_another_age_is_one_line(ssh, tmp_path, facts, change):
+    other = copy.deepcopy(facts)
+    other.pop(change, None)
+    if change == "folder":
+        other["disk"].pop("folder")
+    answer = tmp_path / "answer"
+    answer.write_text(json.dumps(other if change else 42))
+    ssh(h2=f"date '+clock %s.%N'; cat {answer}")
+    lines = problems([Answer("h1", facts), hosts.ask("h2", [])])
+    assert lines == ["h2: its answer is that of another code: use the same checkout on all hosts"]
+
+
+def test_an_out_dir_that_hosts_do_not_share(ssh, tmp_path, facts):
+    """h2 sees another folder in its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    both = [Answer(name, facts | {"disk": host.disk(out / "run")}) for name in ("h1", "h2")]
+    ssh()
+    assert hosts.not_shared(both) == [] == list(out.iterdir())
+    ssh(h2=f'echo "$command" | sed s#{out}#/nowhere# | bash')
+    lines = hosts.not_shared(both)
+    assert len(lines) == 1 and lines[0].startswith(f"h2: out dir: what h1 writes in {out} is not there; choose")
+    assert list(out.iterdir()) == []
+    ssh(h1="exit 255")
+    assert hosts.not_shared(both) == []
 
 
 def test_a_disk_that_cannot_be_written(tmp_path, facts):
@@ -188,6 +242,6 @@ def test_a_planned_run(tmp_path, capsys, monkeypatch):
 
 
 def test_the_remote_command_runs_this_checkout():
-    command = doctor.remote("node1", "moe_cl", "doctor", "--json", RANK="1")
+    command = hosts.remote("node1", "moe_cl", "doctor", "--json", RANK="1")
     assert command[0] == "ssh" and command[-2] == "node1"
     assert str(host.ROOT) in command[-1] and "RANK=1" in command[-1] and "moe_cl doctor --json" in command[-1]

@@ -159,8 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb == chosen:
             importlib.import_module(module).add_arguments(sub)
     # Settings stand anywhere between options, which argparse alone cannot do.
-    overrides = [a for a in argv if OVERRIDE.match(a)]
-    args = parser.parse_args([a for a in argv if not OVERRIDE.match(a)])
+    overrides = [a for a in argv if OVERRIDE.match(a)] if chosen in SETTINGS else []
+    args, rest = parser.parse_known_args([a for a in argv if a not in overrides])
+    if rest:
+        setting = next((a for a in rest if OVERRIDE.match(a)), None)
+        what = f"{chosen} takes no settings ({setting})" if setting else f"unrecognized arguments: {' '.join(rest)}"
+        parser.error(what)
     args.overrides = overrides
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

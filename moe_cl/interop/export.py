@@ -153,8 +153,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write, and print how to load it. Raises ConfigError."""
-    if args.overrides:
-        raise ConfigError(f"export takes no settings ({args.overrides[0]}): it writes what was trained")
     module, settings = open_encoder(args.checkpoint, args.which)
     lines = FORMATS[args.format](module.eval(), settings, args.out)
     print(f"{args.out}: {args.format}, {sum(p.numel() for p in module.parameters()):,} parameters. To load it:\n")

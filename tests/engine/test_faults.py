@@ -116,7 +116,7 @@ def test_a_malicious_pickle_is_never_run(saved, tmp_path, monkeypatch):
         with pytest.raises(ConfigError):
             foreign.read_file(tmp_path / name)
     torch.save({"model": {"w": torch.ones(1)}, "x": Bomb()}, tmp_path / "zip.pth")
-    with pytest.raises(ConfigError, match="more than tensors"):
+    with pytest.raises(ConfigError, match=r"more than tensors and plain values \(posix.mkdir\)$"):
         foreign.read_file(tmp_path / "zip.pth")
     # In the place of a shard, its hash made to fit: the safetensors reader refuses it.
     path = out / "checkpoints" / "step-00000002"
@@ -128,6 +128,21 @@ def test_a_malicious_pickle_is_never_run(saved, tmp_path, monkeypatch):
     with pytest.raises(Damaged, match="student-00000"):
         Reader(path).tree("student")
     assert not bomb.exists()
+
+
+@pytest.mark.parametrize("kind", ["yaml", "text", "module", "script"])
+def test_torchs_advice_to_run_a_files_code_is_never_passed_on(tmp_path, kind):
+    path = tmp_path / "config.yaml"
+    if kind == "module":
+        torch.save(nn.Linear(2, 2), path)
+    elif kind == "script":
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+    else:
+        path.write_text("method: moco\nseed: 3\n" if kind == "yaml" else "hello")
+    says = {"module": "more than tensors and plain values", "script": "no readable torch file .TorchScript"}
+    with pytest.raises(ConfigError, match=says.get(kind, "no readable torch file .it is neither")) as error:
+        foreign.read_file(path)
+    assert "weights_only" not in str(error.value) and len(str(error.value)) < len(str(path)) + 120
 
 
 def test_another_model_is_named(saved):

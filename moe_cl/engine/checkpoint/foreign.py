@@ -24,6 +24,10 @@ from moe_cl.config import ConfigError
 _MODEL = "mp_rank_00_model_states.pt"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 _EXPERT_KEY = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)")
+_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _GATE = ".deepspeed_moe.gate.wg.weight"
 
 
@@ -34,13 +38,25 @@ def read_torch(path: Path) -> Any:
         if not (damaged := _damaged(path)):
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"{path}: not read, because it holds more than tensors and plain values ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]  # torch's EOFError says nothing
-        raise ConfigError(f"{path}: no readable torch file ({reason})") from None
+    except (OSError, *_UNREADABLE) as error:
+        raise ConfigError(f"{path}: {_complaint(path, error)}") from None
     raise ConfigError(f"{path}: the file is damaged ({damaged} has another checksum); get it again")
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    """Why a file was not read, never in torch's words where these recommend to read it with its code running."""
+    reason = (str(error).splitlines() or ["it is empty"])[0]  # torch's EOFError says nothing
+    if not isinstance(error, (OSError, EOFError)) and not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(1) != b"\x80":
+                reason = "it is neither an archive nor a pickle"
+                error = ValueError()
+    if isinstance(error, pickle.UnpicklingError):
+        found = _CLASS.search(str(error))
+        return f"not read, because it holds more than tensors and plain values{f' ({found[1]})' if found else ''}"
+    if "weights_only" in reason:
+        reason = "TorchScript is code; give a file of weights"
+    return f"no readable torch file ({reason})"
 
 
 def _damaged(path: Path) -> str | None:

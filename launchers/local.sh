@@ -10,5 +10,7 @@ case "${1:-}" in '' | *[!0-9]*) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//' >&2; e
 ranks="$1"; shift
 . "$root/launchers/resume.sh"
 . "$root/launchers/install.sh"
+checked="$(python -m moe_cl.planning.start local "$ranks")"
+read -r ranks _ _ _ _ port <<<"$checked"
 python -m moe_cl pretrain --check "$ranks" "$@"
-exec deepspeed --quiet --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module moe_cl pretrain "$@"
+exec deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" --module moe_cl pretrain "$@"

@@ -17,14 +17,13 @@ shift
 . launchers/resume.sh
 . launchers/install.sh
 . launchers/timeouts.sh
-ranks="$(awk '!/^ *(#|$)/ { split($2, slots, "="); total += slots[2] } END { print total + 0 }' "$hostfile")"
-[ "$ranks" -gt 0 ] || { echo "multinode: $hostfile has no line like 'host1 slots=8'" >&2; exit 2; }
+checked="$(python -m moe_cl.planning.start multinode "$hostfile")"
+read -r ranks _ _ node_rank address port <<<"$checked"
 python -m moe_cl pretrain --check "$ranks" "$@"
-first="$(awk '!/^ *(#|$)/ { print $1; exit }' "$hostfile")"
-address="${MASTER_ADDR:-${first##*@}}" port="${MASTER_PORT:-29500}" launcher="${LAUNCHER:-pdsh}" more="${LAUNCHER_ARGS:-}"
+launcher="${LAUNCHER:-pdsh}" more="${LAUNCHER_ARGS:-}"
 options=(--hostfile "$hostfile" --master_addr "$address" --master_port "$port")
 if [ -n "${NODE_RANK:-}" ]; then
-  options+=(--no_ssh --node_rank "$NODE_RANK")
+  options+=(--no_ssh --node_rank "$node_rank")
 else
   # A host whose link is gone must not hold the launcher for ever: ssh gives it up after 15 seconds.
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=3"

@@ -10,7 +10,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launchers/resume.sh"
 . "$root/launchers/install.sh"
 . "$root/launchers/timeouts.sh"
-nproc="${NPROC:-1}" nodes="${NNODES:-1}"
-python -m moe_cl pretrain --check $((nproc * nodes)) "$@"
-exec torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$nproc" \
-  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m moe_cl pretrain "$@"
+checked="$(python -m moe_cl.planning.start torchrun)"
+read -r ranks nodes here node_rank address port <<<"$checked"
+python -m moe_cl pretrain --check "$ranks" "$@"
+exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$here" \
+  --master-addr "$address" --master-port "$port" -m moe_cl pretrain "$@"

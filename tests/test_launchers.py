@@ -1,6 +1,7 @@
 """The scripts: wrong options are one line and exit code 2, before anything is installed, started or written."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from moe_cl.engine.ranks import Ranks, from_environment, pins
+from moe_cl.config import ConfigError
+from moe_cl.engine.ranks import Ranks, device_index, from_environment, pins
 from tests.small import ENV, ROOT, make_shards, settings
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
@@ -38,13 +40,22 @@ def test_the_shell_can_read_it(name):
         (["launchers/local.sh", "3", "--recipe", "crmoe_vit_micro_fmnist"], "does not divide the 3 ranks"),
         (["launchers/local.sh"], "bash launchers/local.sh N --recipe NAME"),
         (["launchers/multinode.sh", "no-such-file"], "bash launchers/multinode.sh HOSTFILE"),
-        (["launchers/multinode.sh", "launchers/hostfile.example", "--recipe", "nope"], "unknown recipe 'nope'"),
+        (["NODE_RANK=0", "launchers/multinode.sh", "launchers/hostfile.example", "--recipe", "nope"], "recipe 'nope'"),
+        (["NODE_RANK=7", "launchers/multinode.sh", "launchers/hostfile.example"], "NODE_RANK=7: give each of the 2"),
+        (["MASTER_PORT=abc", "launchers/local.sh", "1", "--recipe", "nope"], "MASTER_PORT=abc: a port is a number"),
+        (["NPROC=4.5", "launchers/torchrun.sh", "--recipe", "nope"], "NPROC=4.5: the ranks on this machine"),
+        (["launchers/slurm.sbatch", "--recipe", "nope"], "usage: sbatch launchers/slurm.sbatch"),
+        (
+            ["SLURM_JOB_ID=1", "SLURM_SUBMIT_DIR=/tmp", "launchers/slurm.sbatch", "--recipe", "nope"],
+            "slurm.sbatch: /tmp is not the checkout: cd to it",
+        ),
         (["launchers/torchrun.sh"], "bash launchers/torchrun.sh --recipe NAME"),
         (["launchers/torchrun.sh", "--recipe", "nope"], "unknown recipe 'nope'"),
     ],
 )
 def test_wrong_options(words, says):
-    done = script(*words)
+    given = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
+    done = script(*words[len(given) :], env={**ENV, **given})
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert "spawned" not in done.stdout
 
@@ -102,6 +113,10 @@ def test_batches_are_pinned_for_the_ranks_own_device(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert not pins(Ranks(5, 1, 8, 4)) and chosen == []
     monkeypatch.delenv("DS_ACCELERATOR")
-    assert pins(Ranks(5, 1, 8, 4)) and chosen == [1]
+    for seen, device in ((4, 1), (1, 0)):  # Slurm's --gpus-per-task=1 shows each task its own device alone
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert pins(Ranks(5, 1, 8, 4)) and chosen.pop() == device
+    with pytest.raises(ConfigError, match="rank 5 is number 3 of .*, which has 2 devices: one rank a device"):
+        device_index(Ranks(5, 3, 8, 4), 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not pins(Ranks(5, 1, 8, 4))

@@ -51,12 +51,16 @@ class Preemption:
 def mark_requeue(out: str | Path, step: int, reason: str) -> Path:
     """Leave ``OUT/requeue``: this run stopped on request and wants to go on (``--resume``) from step ``step``.
 
+    The same is written to the file that MOE_CL_REQUEUE_FILE names: who started the run need not know its out dir.
     Raises OSError.
     """
     path = Path(out) / MARK
     hidden = path.with_name(f".{MARK}.tmp")
-    hidden.write_text(json.dumps({"step": step, "reason": reason, "time": time.time()}) + "\n")
+    line = json.dumps({"step": step, "reason": reason, "time": time.time()}) + "\n"
+    hidden.write_text(line)
     os.replace(hidden, path)
+    if told := os.environ.get("MOE_CL_REQUEUE_FILE"):
+        Path(told).write_text(line)
     return path
 
 

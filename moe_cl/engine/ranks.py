@@ -96,8 +96,21 @@ def pins(ranks: Ranks) -> bool:
 
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not torch.cuda.is_available():
         return False
-    torch.cuda.set_device(ranks.local_rank)
+    torch.cuda.set_device(device_index(ranks, torch.cuda.device_count()))
     return True
+
+
+def device_index(ranks: Ranks, seen: int) -> int:
+    """Which of the ``seen`` devices is this rank's: the one of its number on this host. Raises ConfigError.
+
+    A rank that sees a single one has that, whatever its number: Slurm's ``--gpus-per-task=1`` hides the others.
+    """
+    if seen > 1 and ranks.local_rank >= seen:
+        raise ConfigError(
+            f"rank {ranks.rank} is number {ranks.local_rank} of {socket.gethostname()}, which has {seen} devices: one "
+            "rank a device; start fewer ranks"
+        )
+    return 0 if seen == 1 else ranks.local_rank
 
 
 def init(ranks: Ranks, timeout: float) -> Comm:
@@ -115,11 +128,13 @@ def init(ranks: Ranks, timeout: float) -> Comm:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("MASTER_PORT", "29500")
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    # For DeepSpeed and for Comm, LOCAL_RANK is the number of the device.
+    local = ranks.local_rank if on_cpu else device_index(ranks, accelerator.device_count())
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(local))
     if not on_cpu:
-        accelerator.set_device(ranks.local_rank)
+        accelerator.set_device(local)
     if on_cpu:
         leave_out_shm_op()
     # Groups made later (DeepSpeed's expert and data-parallel ones) take this default, not the world's own time-out.

@@ -57,8 +57,10 @@ def test_an_out_dir_that_cannot_be_made_is_one_line(tmp_path):
         OutLock(tmp_path / "file" / "out")
 
 
-def test_the_requeue_mark(tmp_path):
+def test_the_requeue_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_CL_REQUEUE_FILE", str(tmp_path / "told"))  # launchers/slurm.sbatch knows no out dir
     path = mark_requeue(tmp_path, 12, "SIGTERM")
+    assert (tmp_path / "told").read_text() == path.read_text()
     assert json.loads(path.read_text())["step"] == 12
     clear_requeue(tmp_path)
     clear_requeue(tmp_path)

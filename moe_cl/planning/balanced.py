@@ -19,6 +19,7 @@ from moe_cl.moe.dispatch import Plan, gather_sum
 from moe_cl.moe.experts import compute_dtype
 from moe_cl.moe.router import Router, Routing
 from moe_cl.moe.shazeer import ShazeerRouter
+from moe_cl.planning.compiled import shares
 from moe_cl.planning.ledger import Ledger
 
 
@@ -35,19 +36,11 @@ def shared_a_token(experts: int, ep: int, k: int) -> float:
     return ranks_a_token(experts, ep, k) - ep * one
 
 
-def shares(total: int, parts: int) -> list[int]:
-    """``total`` cut into ``parts`` nearly equal numbers."""
-    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
-
-
-class _Even:
-    """Counts of a balanced routing, where the code reads them on the host."""
-
-    def __init__(self, total: int, experts: int):
-        self._counts = shares(total, experts)
-
-    def tolist(self) -> list[int]:
-        return self._counts
+def _even(ids: Tensor, total: int, experts: int) -> Tensor:
+    """Counts of a balanced routing; ``tolist``, where the code reads them on the host, has them."""
+    counts = ids.new_empty(experts)
+    counts.tolist = lambda: shares(total, experts)
+    return counts
 
 
 class _Stack(nn.Module):
@@ -93,7 +86,7 @@ class PlannedMoE(nn.Module):
         if self.use_grouped:
             plan = Plan(token, choice, inverse, ids.new_empty(len(e.w1)))
             return grouped.forward(x, weights, *stacks, plan, dtype, self.moe.recompute)
-        plan = Plan(token, choice, inverse, _Even(total, len(e.w1)))
+        plan = Plan(token, choice, inverse, _even(ids, total, len(e.w1)))
         train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *stacks))
         return mlp.ExpertMLP.apply(x, weights, *stacks, ids, plan, dtype, train, self.moe.recompute)
 

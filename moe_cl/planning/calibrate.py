@@ -1,7 +1,8 @@
 """What this machine reaches (``plan --calibrate FILE``): the figures of ``hardware.Hardware``, measured.
 
-Products and convolutions are timed forward and backward in shapes of the networks here (ViT-S/16, ResNet-50), memory
-by an activation function that makes a new tensor, messages between two processes, images through the loader's code.
+Products and convolutions are timed forward and backward in shapes of the networks here (a block of ViT-S/16, its
+experts, bottlenecks of ResNet-50), memory by an activation function that makes a new tensor, messages between two
+processes, images through the loader's code.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._pytree import tree_map
 
+from moe_cl.allocator import keep_freed_memory
 from moe_cl.config import ConfigError, ViewsConfig
 from moe_cl.data.decode import decode
 from moe_cl.models.vit import attention
+from moe_cl.moe.experts import Experts
 from moe_cl.planning.hardware import GIB, GPUS, LINE, Hardware
+from moe_cl.planning.trace import LARGE
 from moe_cl.views.augment import make_views
 from moe_cl.views.spec import build_spec
 
@@ -47,6 +53,8 @@ def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_c
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timer = Timer(device, seconds, clock)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training process does
     rates = {dtype: products(timer, dtype) for dtype in (torch.float32, torch.bfloat16)}
     alone = device.type == "cuda" and torch.cuda.device_count() < 2
     other = _links() if links and not alone else {}
@@ -58,7 +66,7 @@ def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_c
         name, memory, reserve = f"CPU, {torch.get_num_threads()} threads a rank", psutil.virtual_memory().total, GIB
     return Hardware(
         name=name, memory=float(memory), low=rates[torch.bfloat16], full=rates[torch.float32],
-        stream=stream(timer), link=other.get("link", known.link), network=known.network,
+        stream=stream(timer), fresh=fresh(timer), link=other.get("link", known.link), network=known.network,
         launch=launch(timer), latency=other.get("latency", known.latency), reserve=float(reserve),
         image=image(timer), gpu=device.type == "cuda", types=["bf16", "fp16"],
         source=f"measured {time.strftime('%Y-%m-%d')}; the network is not: {known.network / LINE / 1e9 * 8:.0f} Gbit/s",
@@ -92,7 +100,7 @@ class Timer:
 
 
 def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s forward and backward: a ViT's linear layer, its attention (products, whole), 3x3 convolutions."""
+    """FLOP/s forward and backward: a ViT's linear layers, its attention (products, whole), convolutions, experts."""
     device = timer.device
     images = 64 if device.type == "cuda" else 8
 
@@ -100,7 +108,7 @@ def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
         return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
     def rate(call: Callable[..., torch.Tensor], flops: float, *inputs: torch.Tensor) -> float:
-        grad = torch.ones_like(call(*inputs))
+        grad = tree_map(torch.ones_like, call(*inputs))
 
         def run() -> None:
             torch.autograd.grad(call(*inputs), inputs, grad)
@@ -108,26 +116,60 @@ def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
         return 3 * flops / timer(run)  # backward: twice the forward
 
     n, d, heads, t = images, 384, 6, 197
-    out = {"matmul": rate(F.linear, 2.0 * n * t * d * 4 * d, tensor(n, t, d), tensor(4 * d, d))}
+    linear = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
+    out = {"matmul": rate(_all(F.linear), *_sum(
+        (2.0 * n * t * i * o, tensor(n, t, i), tensor(o, i)) for i, o in linear))}  # fmt: skip
     pairs = 2.0 * n * heads * t * t * (d // heads)
     q, k = tensor(n * heads, t, d // heads), tensor(n * heads, d // heads, t)
     out["batched"] = rate(torch.bmm, pairs, q, k)
-    flops, inputs = 0.0, []
-    for channels, side in ((64, 56), (256, 14)):
-        inputs += [tensor(n, channels, side, side), tensor(channels, channels, 3, 3)]
-        flops += 2.0 * n * side * side * channels * channels * 9
-    out["conv"] = rate(
-        lambda x, w, y, v: torch.cat([F.conv2d(x, w, padding=1).flatten(), F.conv2d(y, v, padding=1).flatten()]),
-        flops, *inputs,
-    )  # fmt: skip
+    # 1x1 to fewer channels, 3x3, 1x1 to more, of the first and the third stage
+    convs = [(side, i, o, size) for side, c in ((56, 64), (14, 256))
+             for i, o, size in ((4 * c, c, 1), (c, c, 3), (c, 4 * c, 1))]  # fmt: skip
+    out["conv"] = rate(_all(lambda x, w: F.conv2d(x, w, padding=w.shape[2] // 2)), *_sum(
+        (2.0 * n * side * side * i * o * size * size, tensor(n, i, side, side), tensor(o, i, size, size))
+        for side, i, o, size in convs))  # fmt: skip
     out["attention"] = rate(attention, 2 * pairs, *(tensor(n, heads, t, d // heads) for _ in range(3)))
+    out["experts"] = _experts(rate, tensor, dtype, n * t, d) if device.type == "cpu" else out["matmul"]
     return out
+
+
+def _all(call: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """``call`` on each pair of its inputs."""
+    return lambda *inputs: tuple(map(call, inputs[::2], inputs[1::2]))
+
+
+def _sum(parts: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> list[Any]:
+    """FLOPs of all parts, then their inputs."""
+    each = list(parts)
+    return [sum(part[0] for part in each), *(x for part in each for x in part[1:])]
+
+
+def _experts(
+    rate: Callable[..., float], tensor: Callable[..., torch.Tensor], dtype: torch.dtype, rows: int, d: int
+) -> float:
+    """Of VMoE's 16 experts, two a token, each half as wide as the MLP, rows spread evenly."""
+    experts, k = Experts(d, 2 * d, 16, 0, "xavier", 0, 0), 2
+    ids = torch.stack([torch.arange(rows) % 16, (torch.arange(rows) + 5) % 16], 1)
+    weights = torch.full((rows, k), 0.5)
+
+    def call(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return experts(x, ids, weights)
+
+    return rate(call, 4.0 * rows * k * d * 2 * d, tensor(rows, d), *experts.parameters())
 
 
 def stream(timer: Timer) -> float:
     """Bytes/s read and written by GELU on a ViT's hidden layer, forward."""
     x = torch.randn((64 if timer.device.type == "cuda" else 8) * 197, 1536, device=timer.device)
     return 2 * x.numel() * 4 / timer(lambda: F.gelu(x))
+
+
+def fresh(timer: Timer) -> float:
+    """Seconds a byte by which a new block that the C allocator does not keep is slower than one that is there."""
+    if timer.device.type == "cuda":
+        return 0.0
+    held = torch.empty(2 * LARGE // 4)
+    return max(0.0, timer(lambda: torch.ones(len(held))) - timer(lambda: held.fill_(1.0))) / (2 * LARGE)
 
 
 def launch(timer: Timer) -> float:

@@ -33,10 +33,12 @@ class Hardware:
     """A device, its links and a processor core beside it; every rate as a training step reaches it.
 
     memory: bytes. low, full: FLOP/s of matrix products in 16 bits and in fp32 by kind (matmul, batched, conv,
-    attention). stream: bytes/s read and written. launch: least seconds of an operation. link: bytes/s to other ranks of
-    the node, one direction; network: bytes/s of a node to others. latency: seconds of a collective, a doubling of
-    ranks. reserve: bytes that are not the run's (context, libraries, fragmentation). image: seconds in which one core
-    decodes a 500 x 375 JPEG and makes two views of 224 px of it. types: 16-bit types its products take.
+    attention, experts: their MLP as it is compiled for a CPU). stream: bytes/s read and written. fresh: seconds that a
+    byte of a new large block takes more, where the system gives it anew each time (a CPU). launch: least seconds of an
+    operation. link: bytes/s to other ranks of the node, one direction; network: bytes/s of a node to others. latency:
+    seconds of a collective, a doubling of ranks. reserve: bytes that are not the run's (context, libraries,
+    fragmentation). image: seconds in which one core decodes a 500 x 375 JPEG and makes two views of 224 px of it.
+    types: 16-bit types its products take.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Hardware:
     stream: float
     link: float
     network: float
+    fresh: float = 0.0
     launch: float = 5e-6
     latency: float = 20e-6
     reserve: float = 2.0 * GIB
@@ -73,7 +76,7 @@ def _sheet(
     """
 
     def rates(product: float, conv: float) -> dict[str, float]:
-        shares = {"matmul": PRODUCT * product, "conv": PRODUCT * conv}
+        shares = {"matmul": PRODUCT * product, "experts": PRODUCT * product, "conv": PRODUCT * conv}
         shares |= {kind: ATTENTION * product for kind in ("batched", "attention")}
         return {kind: share * 1e12 for kind, share in shares.items()}
 
@@ -154,8 +157,8 @@ def read(path: Path) -> Hardware:
     return Hardware(**tree)
 
 
-KINDS = ("matmul", "batched", "conv", "attention")
-MAY_BE_ZERO = ("launch", "latency", "reserve")
+KINDS = ("matmul", "batched", "conv", "attention", "experts")
+MAY_BE_ZERO = ("fresh", "launch", "latency", "reserve")
 
 
 def _wrong(key: str, value: Any) -> str:

@@ -24,13 +24,15 @@ _CONV = {"convolution", "convolution_backward"}
 
 
 class Op(NamedTuple):
-    """kind: matmul, batched (many small products), conv, attention or rest. size: bytes read and written, each tensor
-    once. low: its matrix products take 16-bit numbers."""
+    """kind: matmul, batched (many small products), conv, attention, experts (their compiled MLP) or rest. size: bytes
+    read and written, each tensor once. low: its matrix products take 16-bit numbers. fresh: bytes of large blocks that
+    it is the first to write."""
 
     kind: str
     flops: int
     size: int
     low: bool
+    fresh: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Ledger(TorchDispatchMode):
 
     Args:
         gradient_share: what counts of a parameter's gradient, once complete, as memory of its own (ZeRO moves it).
-        large: bytes from which a block counts in a pool of its own (``large_blocks``) with a worst moment of its own.
+        large: bytes from which a block counts in a pool of its own (``large_blocks``) with a worst moment of its own,
+            and as fresh: it comes from the system, page by page as it is first written.
     """
 
     def __init__(self, gradient_share: float = 1.0, large: float = math.inf) -> None:
@@ -77,6 +80,7 @@ class Ledger(TorchDispatchMode):
         self.times = 1  # how often in an optimizer step that which is traced now takes place
         self.alive: dict[int, tuple[int, str, Any]] = {}  # storage: bytes, part, what keeps the key valid
         self.limit, self.held, self.large_blocks = large, Pool(), Pool()
+        self.routed, self._routed = Pool(), set[int]()  # of those alive, the blocks whose size follows the routing
 
     @contextlib.contextmanager
     def within(self, part: str, phase: str | None = None) -> Iterator[None]:
@@ -102,9 +106,20 @@ class Ledger(TorchDispatchMode):
             pool.add(old, -size)
             pool.add("gradients", kept)
 
+    def follows_routing(self, *tensors: Tensor | None) -> None:
+        """Blocks that have another size in every step."""
+        for tensor in tensors:
+            if tensor is not None and tensor.untyped_storage().nbytes() < self.limit:
+                self.routed.add("", tensor.untyped_storage().nbytes())
+                self._routed.add(tensor.untyped_storage()._cdata)
+
     def send(self, kind: str, group: str, x: Tensor) -> None:
         """A message of this rank's ``x``."""
         self.messages[Message(kind, group, x.numel() * x.element_size())] += self.times
+
+    def note(self, op: Op) -> None:
+        """An operation that is not torch's."""
+        self.ops.setdefault(self.phase, Counter())[op] += self.times
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,17 +128,27 @@ class Ledger(TorchDispatchMode):
             return out  # a view
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if outs and func.overloadpacket.__name__ not in _UNTOUCHED:  # without a tensor: a question (device, size)
-            self._count(func, ins, outs, args, kwargs, out)
+        fresh = sum(map(self._fresh, outs))
+        if func.overloadpacket.__name__ in _UNTOUCHED:
+            if fresh:  # whoever writes it first pays; counted here
+                self.note(Op("rest", 0, 0, False, fresh))
+        elif outs:  # without a tensor: a question (device, size)
+            self._count(func, ins, outs, args, kwargs, out, fresh)
         for tensor in outs:
             self._hold(tensor)
         return out
 
-    def _count(self, func: Any, ins: list[Tensor], outs: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
+    def _fresh(self, tensor: Tensor) -> int:
+        """Its bytes if it is a new block beyond ``limit``."""
+        storage = tensor.untyped_storage()
+        return storage.nbytes() if storage.nbytes() >= self.limit and storage._cdata not in self.alive else 0
+
+    def _count(
+        self, func: Any, ins: list[Tensor], outs: list[Tensor], args: Any, kwargs: Any, out: Any, fresh: int
+    ) -> None:
         kind, flops = _work(func, args, kwargs, out)
         low = bool(ins) and ins[-1].dtype in (torch.bfloat16, torch.float16)
-        op = Op(kind, flops, sum(map(_bytes, ins)) + sum(map(_bytes, outs)), low)
-        self.ops.setdefault(self.phase, Counter())[op] += self.times
+        self.note(Op(kind, flops, sum(map(_bytes, ins)) + sum(map(_bytes, outs)), low, fresh))
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -137,6 +162,9 @@ class Ledger(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         size, part, _ = self.alive.pop(key)
         self._pool(size).add(part, -size)
+        if key in self._routed:
+            self._routed.remove(key)
+            self.routed.add("", -size)
 
     def _pool(self, size: int) -> Pool:
         return self.held if size < self.limit else self.large_blocks

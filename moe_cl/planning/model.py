@@ -1,7 +1,9 @@
 """From a traced step to memory, time and traffic of a run: the stated model.
 
-Operation: max(FLOPs / rate of its kind, bytes / stream, launch). Step: student + teacher + loss + backward, then
-optimizer and EMA (bytes / stream), then messages; nothing overlaps (``overlap_comm: false``), but for reading data.
+Operation: max(FLOPs / rate of its kind, bytes / stream, launch), and on a CPU the first writing of the large blocks
+that it makes: they come from the system anew in every step (``moe_cl/allocator.py`` keeps the others). Step: student +
+teacher + loss + backward, then optimizer and EMA (bytes / stream), then messages; nothing overlaps
+(``overlap_comm: false``), but for reading data.
 Messages of S bytes over n ranks (rings inside a node, all of a node's ranks together on its network): all-reduce
 2 S (n-1)/n a rank, all-gather S (n-1), all-to-all S (n-1)/n; of a group with p ranks on a node and N nodes, the
 network of that node carries 2 S (N-1)/N, S (n-p) and p S (n-p)/n, and the busiest node counts. ZeRO 1 and 2 reduce
@@ -19,7 +21,7 @@ from moe_cl.config import RunConfig
 from moe_cl.planning.hardware import Hardware
 from moe_cl.planning.layout import Layout, Spread, carried
 from moe_cl.planning.ledger import Op
-from moe_cl.planning.trace import Trace
+from moe_cl.planning.trace import LARGE, Trace
 
 # Parts of a rank's memory, in the order they are shown; a plan always has all of them.
 PARTS = (
@@ -31,11 +33,13 @@ PARTS = (
 
 FLAT = 500_000_000  # elements that DeepSpeed's stage 0 reduces at once
 MIB = 2**20
-# On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads (with experts MOE more); oneDNN's
-# kernels of the experts' products (0.57 MiB each whatever the width; 64 numbers of rows, five products), which a run
-# has after some dozens of steps, and its copies of feature maps in layouts of its own; and the share of activations
-# lost because blocks of changing sizes do not fit those freed before.
-LIBRARIES, MOE, MOE_KERNELS, CONVOLUTIONS, MISFITS = 70 * MIB, 120 * MIB, 185 * MIB, 150 * MIB, 0.5
+# On a CPU, measured on torch 2.14 and DeepSpeed 0.19: what the engine's start loads (with experts MOE more), oneDNN's
+# copies of feature maps in layouts of its own; blocks whose size follows the routing do not fit those freed before:
+# the heap grows by 1.0 to 1.7 times what is alive of them within some dozens of steps.
+LIBRARIES, MOE, CONVOLUTIONS, MISFITS = 70 * MIB, 120 * MIB, 150 * MIB, 1.5
+# Experts through torch's operations (no compiler): every block of the layer follows the routing, so half of all; and
+# oneDNN's kernels for 64 numbers of rows and five products, 0.57 MiB each. Those of the compiled experts are 10 MiB.
+TORCH_MISFITS, TORCH_KERNELS, KERNELS = 0.5, 185 * MIB, 10 * MIB
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,9 @@ def _on_cpu(cfg: RunConfig, traced: Trace, zero: Zero, cut: float, world: int) -
     out["gradients"] = 4.0 * traced.small
     out["libraries"] = LIBRARIES + (CONVOLUTIONS if traced.convolutions else 0)
     if traced.experts:
-        out["libraries"] += MOE + MOE_KERNELS + MISFITS * sum(traced.peak.values())
+        own = KERNELS + MISFITS * traced.routed
+        through_torch = TORCH_KERNELS + TORCH_MISFITS * sum(traced.peak.values())
+        out["libraries"] += MOE + (own if traced.routed else through_torch)
     if zero.stage == 0:
         out["gradients"] = 4.0 * traced.trained
         large, part = 4 * min(once, FLAT), "reduction buffers"
@@ -134,6 +140,7 @@ def seconds(ops: Counter[Op], hardware: Hardware) -> float:
     for op, times in ops.items():
         rate = (hardware.low if op.low else hardware.full).get(op.kind, math.inf)
         total += times * max(op.flops / rate, op.size / hardware.stream, hardware.launch)
+        total += times * op.fresh * hardware.fresh
     return total
 
 
@@ -194,6 +201,15 @@ def update_bytes(cfg: RunConfig, traced: Trace, layout: Layout, zero: Zero) -> f
     return 4 * (moved + average)
 
 
+def fresh_bytes(cfg: RunConfig, traced: Trace, layout: Layout, zero: Zero) -> float:
+    """Large blocks that a CPU's reduction and optimizer write first: all gradients together (stage 0); the bucket,
+    which is made anew for every backward, this rank's gradients together, and those with decay."""
+    if zero.stage == 0:
+        return 4.0 * traced.trained if 4 * traced.trained >= LARGE else 0.0
+    cut = 4.0 * partition(traced, layout, zero.stage)
+    return 4.0 * min(zero.bucket, traced.trained) + (cut * (1 + (cfg.optim.name != "adamw")) if cut >= LARGE else 0.0)
+
+
 def step_seconds(
     cfg: RunConfig, traced: Trace, layout: Layout, hardware: Hardware, zero: Zero
 ) -> tuple[dict[str, float], dict[str, Traffic]]:
@@ -201,6 +217,7 @@ def step_seconds(
     out = {phase: seconds(ops, hardware) for phase, ops in traced.ops.items()}
     launches = 4 * traced.tensors * hardware.launch  # copy, norm, update, average
     out["optimizer and EMA"] = update_bytes(cfg, traced, layout, zero) / hardware.stream + launches
+    out["optimizer and EMA"] += fresh_bytes(cfg, traced, layout, zero) * hardware.fresh
     sent = {
         "messages of the method": messages(traced, "world", layout, hardware),
         "expert all-to-all": messages(traced, "expert", layout, hardware),

@@ -85,7 +85,8 @@ def device(found: Hardware, path: str) -> str:
         f"{kind} {found.full[kind] / 1e9:,.0f} fp32 / {found.low[kind] / 1e9:,.0f} bf16" for kind in found.full
     )
     return (
-        f"{found.name}: {found.source}\nGFLOP/s: {rates}\nmemory {found.stream / 1e9:.1f} GB/s, launch "
+        f"{found.name}: {found.source}\nGFLOP/s: {rates}\nmemory {found.stream / 1e9:.1f} GB/s"
+        f"{f', new large blocks {1e-9 / found.fresh:.1f} GB/s' if found.fresh else ''}, launch "
         f"{1e6 * found.launch:.1f} us, link {found.link / 1e9:.2f} GB/s, {1e6 * found.latency:.0f} us a collective\n"
         f"one core: {1e3 * found.image:.2f} ms an image (decoding and two views)\nwritten to {path}"
     )

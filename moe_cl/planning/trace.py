@@ -26,6 +26,7 @@ from moe_cl.losses import distillation
 from moe_cl.methods.base import Encoder, Method
 from moe_cl.models import swin, vit
 from moe_cl.moe import mlp, telemetry
+from moe_cl.planning import compiled
 from moe_cl.planning.balanced import factory
 from moe_cl.planning.ledger import Ledger, Message, Op, PlanComm
 from moe_cl.views.spec import Batch, build_spec
@@ -47,6 +48,7 @@ class Trace:
     ops: dict[str, Counter[Op]] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     large: dict[str, int] = field(default_factory=dict)
+    routed: int = 0  # bytes of blocks, of those below LARGE, whose size follows the routing: the most alive at once
     messages: Counter[Message] = field(default_factory=Counter)
     dense: int = 0
     experts: int = 0
@@ -93,7 +95,7 @@ def trace(
         teacher.requires_grad_(False)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, _kernels(gpu):
+        with _kernels(gpu, ledger), fake:
             for module in filter(None, (student, teacher, method)):
                 _give_shapes(module, ledger)
             batch = _batch(cfg, micro, ledger)
@@ -108,6 +110,7 @@ def trace(
     out = _sizes(method, student, teacher)
     out.ops, out.messages = ledger.ops, ledger.messages
     out.peak, out.large = ledger.held.peak, ledger.large_blocks.peak
+    out.routed = ledger.routed.most
     out.images = accumulation * sum(math.prod(v.shape) * v.element_size() for v in batch.views)
     return out
 
@@ -215,16 +218,18 @@ def _batch(cfg: RunConfig, micro: int, ledger: Ledger) -> Batch:
 
 
 @contextlib.contextmanager
-def _kernels(gpu: bool) -> Iterator[None]:
-    """An accelerator's attention is the fused one, whatever device the fake tensors say; an expert's rows and
-    a block's images are one piece (same FLOPs and bytes, and no thousands of operations to trace)."""
+def _kernels(gpu: bool, ledger: Ledger) -> Iterator[None]:
+    """An accelerator's attention is the fused one, whatever device the fake tensors say, and a CPU's experts go
+    through the compiled kernels where it has them; an expert's rows and a block's images are one piece (same FLOPs
+    and bytes, and no thousands of operations to trace)."""
     own = vit.attention, vit.CACHE, mlp.CHUNK
     vit.CACHE = mlp.CHUNK = 2**62
     if gpu:
         vit.attention = nn.functional.scaled_dot_product_attention
     _forget()
     try:
-        yield
+        with contextlib.nullcontext() if gpu else compiled.planned(ledger):
+            yield
     finally:
         vit.attention, vit.CACHE, mlp.CHUNK = own
 

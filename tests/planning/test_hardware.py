@@ -55,9 +55,10 @@ def test_measured(tmp_path):
     threads = torch.get_num_threads()
     found = calibrate.measure(0.01, links=False)
     assert torch.get_num_threads() == threads
-    assert set(found.low) == set(found.full) == {"matmul", "batched", "conv", "attention"}
+    assert set(found.low) == set(found.full) == {"matmul", "batched", "conv", "attention", "experts"}
     assert all(rate > 1e8 for rates in (found.low, found.full) for rate in rates.values())
-    assert 1e8 < found.stream < 1e13 and 1e-8 < found.launch < 1e-2 and 1e-4 < found.image < 1
+    assert 0 <= found.fresh < 1e-7 and 1e8 < found.stream < 1e13
+    assert 1e-8 < found.launch < 1e-2 and 1e-4 < found.image < 1
     path = tmp_path / "here.json"
     hardware.write(found, path)
     assert hardware.find(str(path)) == found
@@ -84,8 +85,8 @@ def test_a_file_that_is_none(tmp_path):
         ("latency", -1e-6, "latency is a number of at least 0"),
         ("image", float("nan"), "image is a number above 0, found NaN"),
         ("reserve", 1e15, "reserve leaves nothing of memory"),
-        ("low", {}, "low is FLOP/s above 0 of matmul, batched, conv, attention, found {}"),
-        ("full", {"matmul": 1.0, "batched": 1.0, "conv": 0, "attention": 1.0}, "full is FLOP/s above 0"),
+        ("low", {}, "low is FLOP/s above 0 of matmul, batched, conv, attention, experts, found {}"),
+        ("full", dict.fromkeys(hardware.KINDS, 1.0) | {"conv": 0}, "full is FLOP/s above 0"),
         ("types", [], "types is a list of bf16, fp16 or both"),
         ("gpu", 1, "gpu is true or false"),
         ("name", 5, "name is a text"),

@@ -1,5 +1,6 @@
 """Memory by part, and who sends how much to whom."""
 
+import dataclasses
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from moe_cl.planning import hardware
 from moe_cl.planning.layout import Layout, carried
 from moe_cl.planning.ledger import Message, Op
-from moe_cl.planning.model import PARTS, Traffic, Zero, between_ranks, image_seconds, memory, messages
+from moe_cl.planning.model import PARTS, Traffic, Zero, between_ranks, fresh_bytes, image_seconds, memory, messages
 from moe_cl.planning.model import seconds as op_seconds
 from moe_cl.planning.trace import Trace
 
@@ -144,6 +145,17 @@ def test_roofline():
     rates = GPU.low["matmul"], GPU.stream, GPU.launch
     ops = Counter({Op("matmul", 10**12, 10**6, True): 2, Op("rest", 0, 10**9, False): 1, Op("rest", 0, 8, False): 3})
     assert op_seconds(ops, GPU) == pytest.approx(2 * 10**12 / rates[0] + 10**9 / rates[1] + 3 * rates[2])
+
+
+def test_large_blocks_cost_their_first_writing():
+    ops = Counter({Op("rest", 0, 10**9, False, 10**8): 2})
+    slow = dataclasses.replace(GPU, fresh=1e-9)
+    assert op_seconds(ops, slow) == pytest.approx(op_seconds(ops, GPU) + 2 * 0.1)
+    one, small, alone = traced(10**7), traced(10**6), Layout(1, 1)
+    assert fresh_bytes(settings(), one, alone, Zero(1)) == 4 * 2 * 10**7  # the bucket, and gradients together
+    assert fresh_bytes(settings("sgd"), one, alone, Zero(1)) == 4 * 3 * 10**7  # and with decay
+    assert fresh_bytes(settings(), small, alone, Zero(1)) == 4 * 10**6
+    assert fresh_bytes(settings(), small, alone, Zero(0)) == 0
 
 
 def test_images():

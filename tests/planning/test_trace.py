@@ -6,13 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_cl import config, methods
 from moe_cl.comm import LocalComm, SimComm
+from moe_cl.config import MoEConfig
 from moe_cl.engine import setup
+from moe_cl.moe import kernels
 from moe_cl.moe.experts import SparseMLP
-from moe_cl.planning.balanced import ranks_a_token, shared_a_token, shares
+from moe_cl.planning import compiled
+from moe_cl.planning.balanced import PlannedMoE, ranks_a_token, shared_a_token, shares
 from moe_cl.planning.ledger import Ledger
 from moe_cl.planning.trace import _Step, trace
 from moe_cl.views.spec import Batch, build_spec
@@ -44,6 +48,15 @@ def real_batch(cfg, samples):
     return Batch(views, boxes, ids, ids, ids, torch.arange(spec.views * samples))
 
 
+@pytest.fixture
+def in_torch():
+    """The experts through torch's operations, which a ledger sees, in place of their compiled kernels."""
+    before = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(before)
+
+
 def real(cfg, samples, low=False):
     """One step on real tensors under the same ledger, and torch's own count of its FLOPs."""
     ledger = Ledger()
@@ -66,7 +79,7 @@ def real(cfg, samples, low=False):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_as_the_real_step(recipe):
+def test_as_the_real_step(recipe, in_torch):
     cfg = load(recipe)
     traced = trace(cfg, 1, 8, 1, "fp32", gpu=False)
     ledger, flops = real(cfg, 8)
@@ -75,6 +88,60 @@ def test_as_the_real_step(recipe):
     assert counted >= flops * 0.999
     assert traced.flops == pytest.approx(counted, rel=0.01)
     assert sum(traced.peak.values()) == pytest.approx(ledger.held.most, rel=0.03)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the kernels need a compiler and oneDNN's small-matrix products")
+@pytest.mark.parametrize(("low", "recompute"), [(False, False), (False, True), (True, False)])
+def test_compiled_experts_as_the_real_ones(low, recompute):
+    """What a real call keeps for its backward, tensor by tensor, and what is alive at the worst moment."""
+    rows, k, width, moe = 1000, 2, 64, MoEConfig(experts=4, recompute=recompute)
+
+    def call(make, ledger):
+        """``make(ledger)`` -> the layer as a function of rows, ids and weights."""
+        x, weights = torch.randn(rows, width, requires_grad=True), torch.rand(rows, k, requires_grad=True)
+        ids = torch.stack([torch.arange(rows) % 4, (torch.arange(rows) + 1) % 4], 1)  # 500 rows an expert
+        layer = make(ledger)
+        for tensor in (x, weights, ids):
+            ledger.known(tensor)
+        with ledger, torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = layer(x, ids, weights)
+            kept = [(tuple(t.shape), t.dtype) for t in out.grad_fn.saved_tensors if t is not None]
+            held = ledger.held.now
+            torch.autograd.grad(out.sum(), (x, weights), retain_graph=True)
+        return kept, held
+
+    def real(ledger):
+        layer = SparseMLP(width, moe).experts
+        for p in layer.parameters():
+            ledger.known(p)
+        return layer
+
+    def planned(ledger):
+        layer = PlannedMoE(width, moe, 0, ledger, 1, False)
+        for p in layer.parameters():
+            ledger.known(p)
+        dtype = torch.bfloat16 if low else torch.float32
+        return lambda x, ids, weights: layer._run(x, ids, weights, rows * k, dtype)
+
+    ledger, traced = Ledger(), Ledger()
+    kept, held = call(real, ledger)
+    with compiled.planned(traced), FakeTensorMode():
+        theirs, planned_held = call(planned, traced)
+    assert theirs == kept and any(shape == (4 * 504, 2 * width) for shape, _ in kept) != recompute
+    assert planned_held == pytest.approx(held, rel=0.01)
+    # the library's own memory is not torch's: packed weights, and in the backward 2 (D + H) F numbers
+    own = (2 if low else 4) * 2 * (4 * width * 2 * width + 4 * 504 * 3 * width)
+    assert ledger.held.most + 0.8 * own < traced.held.most <= ledger.held.most + own
+
+
+def test_compiled_experts_have_the_flops_of_those_in_torch(in_torch):
+    cfg = load("crmoe")
+    here = trace(cfg, 1, 8, 1, "fp32", gpu=False)
+    torch._C._set_mkldnn_enabled(True)
+    there = trace(cfg, 1, 8, 1, "fp32", gpu=False)
+    experts = sum(op.flops * n for ops in there.ops.values() for op, n in ops.items() if op.kind == "experts")
+    assert (experts > 0) == (kernels.load() is not None)
+    assert there.flops == pytest.approx(here.flops, rel=0.02)  # rows filled up
 
 
 def test_sixteen_bits_halve_what_linear_layers_keep():

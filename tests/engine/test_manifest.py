@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.checkpoint import cli, latest_complete
@@ -218,3 +219,11 @@ def test_a_full_disk_leaves_no_half_of_a_converted_file(last, tmp_path):
     with pytest.raises(ConfigError, match="x.safetensors: cannot be written .No space left"):
         call("convert", last[0], tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*x.safetensors*"))
+
+
+def test_convert_takes_no_teacher_from_deepspeed(tmp_path):
+    torch.save({"module": {"a": torch.ones(2)}}, tmp_path / "mp_rank_00_model_states.pt")
+    to = tmp_path / "x.safetensors"
+    with pytest.raises(ConfigError, match="DeepSpeed saved one network there, no teacher; leave --what out"):
+        call("convert", tmp_path, to, "--what", "teacher")
+    assert not to.exists() and call("convert", tmp_path, to) == 0

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The four verbs."""
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     one = verbs.add_parser("ls", help="the complete checkpoints of a run")
-    one.add_argument("dir", type=Path, help="run directory")
+    one.add_argument("dir", type=Path, help="run or checkpoint directory")
     one = verbs.add_parser("verify", help="check every file's size and sha256; exit code 1 if one is damaged")
     one.add_argument("dir", type=Path, help="run or checkpoint directory")
     one = verbs.add_parser("convert", help="one safetensors file of full tensors, all experts stacked")
@@ -41,39 +41,39 @@ def _ls(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from moe_cl.engine.checkpoint import store
     from moe_cl.engine.checkpoint.format import OtherVersion, read_manifest
 
-    paths = store.complete(args.dir)
-    if not paths:
-        raise ConfigError(f"{args.dir}: no complete checkpoint in {store.root(args.dir)}")
-    table = Table("checkpoint", "written", "ranks", "files", "size", "metrics")
-    for path in paths:
+    table, unread = Table("checkpoint", "written", "ranks", "files", "size", "metrics"), []
+    for path in _found(args.dir):
         try:
             manifest = read_manifest(path)
-        except OtherVersion as error:
-            table.add_row(path.name, "", "", "", "", f"not read: {error}")
-            continue
         except ConfigError as error:
-            table.add_row(path.name, "", "", "", "", f"damaged: {error}")
+            what = "not read" if isinstance(error, OtherVersion) else "damaged"
+            table.add_row(path.name, what, "", "", "", "")
+            unread.append(f"{what}: {error}")
             continue
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
         size = sum(entry.bytes for entry in manifest.files.values())
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in sorted(manifest.metrics.items()))
         table.add_row(path.name, written, str(manifest.world), str(len(manifest.files)), _size(size), metrics)
     Console().print(table)
+    print("\n".join(unread), end="\n" if unread else "")  # whole lines: a column would cut them
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _found(path: Path) -> list[Path]:
     from moe_cl.engine.checkpoint import store
-    from moe_cl.engine.checkpoint.format import MANIFEST, OtherVersion, Reader
 
-    paths = [args.dir] if (args.dir / MANIFEST).is_file() else store.complete(args.dir)
-    if not paths:
-        raise ConfigError(f"{args.dir}: no complete checkpoint there")
+    if paths := store.at(path):
+        return paths
+    raise ConfigError(f"{path}: no complete checkpoint there; give the directory of a run that has saved (its --out)")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from moe_cl.engine.checkpoint.format import OtherVersion, Reader
+
     bad = 0
-    for path in paths:
+    for path in _found(args.dir):
         try:
             reader = Reader(path)
             reader.verify()
@@ -101,6 +101,8 @@ def _convert(args: argparse.Namespace) -> int:
         if found is not None:
             state = Reader(found).tree(args.what)
         elif foreign.is_deepspeed(args.dir):
+            if args.what != "student":
+                raise ConfigError(f"{args.dir}: DeepSpeed saved one network there, no {args.what}; leave --what out")
             state = start.read_weights(args.dir)
         else:
             raise ConfigError(f"{args.dir}: neither a checkpoint of moe_cl nor one of DeepSpeed")

@@ -218,12 +218,12 @@ class Checkpointer:
         return None
 
     def _set_aside(self, reasons: dict[Path, str], good: Path) -> None:
-        try:
-            store.set_aside(list(reasons), good)
-        except OSError as error:  # it only was in the way: the next start finds it again
-            print(f"warning: {store.root(self.out)}: {error.strerror}", file=sys.stderr, flush=True)
         for path, reason in reasons.items():
-            kept = store.aside(path) if not path.exists() else path
+            kept = path
+            try:
+                kept = store.set_aside(path, good)
+            except OSError as error:  # it only was in the way: the next start finds it again
+                print(f"warning: {store.root(self.out)}: {error.strerror}", file=sys.stderr, flush=True)
             print(
                 f"warning: checkpoint {reason}; trying the one before it (the damaged one stays as {kept.name})",
                 file=sys.stderr,

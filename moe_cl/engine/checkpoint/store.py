@@ -7,12 +7,15 @@ OUT/checkpoints/
     extra.json  config.yaml  cursor, schedules, loss scale; the recipe
     student-00000.safetensors  teacher-00000...  optimizer-00000...  method-00000...  rng-00000...
   .staging-TOKEN-step-00001300/   being written by this run; a dead run's is removed by the next
+  .replaced-step-00001234/   the old one while the same step is written again: it counts until the new one is there
   damaged-step-00001200/     did not pass verification when a run continued: no rule counts or deletes it
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from moe_cl.config import CheckpointConfig, ConfigError
 from moe_cl.engine.checkpoint.format import MANIFEST, read_manifest, sync_directory
 
 POINTER = "latest"
+REPLACED = ".replaced-"
+_NAME = re.compile(rf"({re.escape(REPLACED)})?step-[0-9]+")
 
 
 def root(out: str | Path) -> Path:
@@ -34,13 +39,27 @@ def directory_name(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """1234 of ``step-00001234``."""
-    return int(path.name.split("-")[1])
+    return int(path.name.rsplit("-", 1)[1])
 
 
 def complete(out: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, newest first."""
-    found = [p for p in root(out).glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
-    return sorted(found, key=step_of, reverse=True)
+    """Checkpoints of a run, newest first, by their directories alone: one that lost its manifest since is damaged like
+    any other, and whoever reads it says so."""
+    found = [p for p in root(out).glob("*step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted((p for p in found if _new(p) == p or not _new(p).exists()), key=step_of, reverse=True)
+
+
+def _new(path: Path) -> Path:
+    """Where the checkpoint stands, or will, that replaces ``path``; else ``path``."""
+    return path.with_name(path.name.removeprefix(REPLACED))
+
+
+def at(path: Path) -> list[Path]:
+    """The checkpoint that ``path`` is, or those of a run (by its directory or ``checkpoints`` in it), newest first."""
+    if (path / MANIFEST).is_file() or (_NAME.fullmatch(path.name) and path.is_dir() and not root(path).is_dir()):
+        return [path]
+    whole = path.resolve()
+    return complete(path) or (complete(whole.parent) if whole.name == root(".").name else [])
 
 
 def latest_complete(out: str | Path) -> Path | None:
@@ -54,24 +73,39 @@ def staging(out: str | Path, token: str, step: int) -> Path:
 
 
 def remove_leftovers(out: str | Path, but: Path | None = None) -> None:
-    """Delete what is half written and will not be finished: all of it but ``but`` (the caller owns the out dir)."""
-    for path in root(out).glob(".staging-*"):
+    """Delete what is half written and will not be finished, all of it but ``but``; what was to be replaced, and was
+    not, gets its name back (the caller owns the out dir)."""
+    for path in root(out).glob(f"{REPLACED}*"):
+        with contextlib.suppress(OSError):  # nothing can be written there: it counts under this name too
+            if not _new(path).exists():
+                os.rename(path, _new(path))
+            else:
+                _remove(path)
+    for path in (*root(out).glob(".staging-*"), *root(out).glob(".removed-*")):
         if path != but:
             shutil.rmtree(path, ignore_errors=True)
-    for path in root(out).glob(".removed-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def commit(stage: Path, step: int) -> Path:
-    """Turn a staged directory, manifest inside, into a checkpoint: fsync, rename, fsync, pointer."""
+    """Turn a staged directory, manifest inside, into a checkpoint: fsync, rename, fsync, pointer. Raises OSError."""
     final = stage.parent / directory_name(step)
+    old = final.with_name(REPLACED + final.name)
     sync_directory(stage)
-    if final.exists():
-        # The same step again (a run that went back and passed it anew): the old one goes only now.
-        _remove(final)
-    os.rename(stage, final)
+    again = final.exists()
+    if again:
+        # The same step again (a run that went back and passed it anew): the old one goes when the new one is there.
+        os.rename(final, old)
+    try:
+        os.rename(stage, final)
+    except OSError:
+        if again:
+            os.rename(old, final)
+        raise
     sync_directory(stage.parent)
     _point_to(final)
+    if again:
+        with contextlib.suppress(OSError):  # what stays of it goes at the next save
+            _remove(old)
     return final
 
 
@@ -85,25 +119,22 @@ def _point_to(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def aside(path: Path) -> Path:
-    """The name of a damaged checkpoint that was set aside."""
-    return path.with_name(f"damaged-{path.name}")
-
-
-def set_aside(damaged: list[Path], good: Path) -> None:
-    """Rename checkpoints that did not pass verification, so that they take no good one's place among those kept;
-    ``good`` is the newest again. Raises OSError."""
-    for path in damaged:
-        shutil.rmtree(aside(path), ignore_errors=True)  # an earlier life's, of the same step
-        os.rename(path, aside(path))
-    if damaged:
-        _point_to(good)
+def set_aside(path: Path, good: Path) -> Path:
+    """Rename a checkpoint that did not pass verification, so that it takes no good one's place among those kept, and
+    none that was set aside before goes; ``good`` is the newest again. Returns its new path. Raises OSError."""
+    _point_to(good)
+    kept, number = path.with_name(f"damaged-{path.name}"), 1
+    while kept.exists():  # an earlier life's, of the same step
+        number += 1
+        kept = path.with_name(f"damaged-{path.name}-{number}")
+    os.rename(path, kept)
+    return kept
 
 
 def retain(out: str | Path, cfg: CheckpointConfig, committed: Path) -> list[Path]:
     """Delete checkpoints that no rule keeps (``committed`` just now, the last k, every n steps, the best); returns
-    those deleted."""
-    paths = complete(out)
+    those deleted. One without its manifest takes no place and stays."""
+    paths = [path for path in complete(out) if (path / MANIFEST).is_file()]
     keep = {committed, *paths[: max(1, cfg.keep_last)]}
     if cfg.keep_every:
         keep.update(p for p in paths if step_of(p) % cfg.keep_every == 0)

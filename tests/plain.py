@@ -18,10 +18,13 @@ from moe_cl.views.spec import Batch
 
 
 class PlainEngine:
-    """What ``moe_cl.engine.step`` asks of an engine: forward, backward (gradients averaged over ranks), step."""
+    """What ``moe_cl.engine.step`` asks of an engine: forward, backward (gradients averaged over ranks), step.
+
+    ``copies``: the ranks that hold the same experts as this one; all of them, unless it is set.
+    """
 
     def __init__(self, student: Encoder, comm: Comm):
-        self.student, self.comm, self.losses = student, comm, []
+        self.student, self.comm, self.losses, self.copies = student, comm, [], comm
         still = OptimConfig(name="sgd", weight_decay=0.0)
         self.optimizer: torch.optim.Optimizer = build(param_groups(student, still), still, 0.0)
 
@@ -31,7 +34,12 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
         loss.backward()
-        mean_gradients([p for p in self.student.parameters() if p.requires_grad], self.comm)
+        trained = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
+        experts = [p for n, p in trained if ".experts." in n]
+        mean_gradients([p for n, p in trained if ".experts." not in n], self.comm)
+        mean_gradients(experts, self.copies)
+        for p in experts:  # of the sum over an expert group's losses so far
+            p.grad *= self.copies.world / self.comm.world
 
     def step(self) -> None:
         self.optimizer.step()

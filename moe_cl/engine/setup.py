@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -125,6 +127,8 @@ def build(cfg: RunConfig, comm: Comm) -> Built:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # Our own draws have keys or generators of their own; a library's shall follow from the seed too (torch's: below).
+    random.seed(cfg.seed), np.random.seed(cfg.seed % 2**32)
     config = checks.ds_config(cfg, comm.world, on_cpu())
     device = torch.device(get_accelerator().current_device_name())
     factory = None

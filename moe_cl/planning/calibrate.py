@@ -122,20 +122,26 @@ def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:
     pairs = 2.0 * n * heads * t * t * (d // heads)
     q, k = tensor(n * heads, t, d // heads), tensor(n * heads, d // heads, t)
     out["batched"] = rate(torch.bmm, pairs, q, k)
-    # 1x1 to fewer channels, 3x3, 1x1 to more, of the first and the third stage
-    convs = [(side, i, o, size) for side, c in ((56, 64), (14, 256))
-             for i, o, size in ((4 * c, c, 1), (c, c, 3), (c, 4 * c, 1))]  # fmt: skip
-    out["conv"] = rate(_all(lambda x, w: F.conv2d(x, w, padding=w.shape[2] // 2)), *_sum(
-        (2.0 * n * side * side * i * o * size * size, tensor(n, i, side, side), tensor(o, i, size, size))
-        for side, i, o, size in convs))  # fmt: skip
+    convs = [conv for block in ((56, 256, 64, 1), (28, 512, 128, 1), (28, 512, 256, 2), (14, 1024, 256, 1))
+             for conv in _bottleneck(*block)]  # fmt: skip
+    out["conv"] = rate(_all(lambda x, w, stride: F.conv2d(x, w, padding=w.shape[2] // 2, stride=stride),
+                            [stride for *_, stride in convs]), *_sum(
+        (2.0 * n * (side // stride) ** 2 * i * o * size * size, tensor(n, i, side, side), tensor(o, i, size, size))
+        for side, i, o, size, stride in convs))  # fmt: skip
     out["attention"] = rate(attention, 2 * pairs, *(tensor(n, heads, t, d // heads) for _ in range(3)))
     out["experts"] = _experts(rate, tensor, dtype, n * t, d) if device.type == "cpu" else out["matmul"]
     return out
 
 
-def _all(call: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """``call`` on each pair of its inputs."""
-    return lambda *inputs: tuple(map(call, inputs[::2], inputs[1::2]))
+def _bottleneck(side: int, width: int, inner: int, stride: int) -> list[tuple[int, int, int, int, int]]:
+    """(side, channels in, out, kernel, stride) of a block of ResNet-50: one of four is the first of its stage."""
+    convs = [(side, width, inner, 1, 1), (side, inner, inner, 3, stride), (side // stride, inner, 4 * inner, 1, 1)]
+    return convs + ([(side, width, 4 * inner, 1, stride)] if stride > 1 else [])
+
+
+def _all(call: Callable[..., torch.Tensor], *more: list[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """``call`` on each pair of its inputs, and what else is its own."""
+    return lambda *inputs: tuple(map(call, inputs[::2], inputs[1::2], *more))
 
 
 def _sum(parts: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> list[Any]:

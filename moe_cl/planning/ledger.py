@@ -20,6 +20,8 @@ from moe_cl.comm import Comm
 
 # Operations that give memory without touching it.
 _UNTOUCHED = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+# What batch norms read once more: the input for its statistics, in the backward the gradient too.
+_AGAIN = {"native_batch_norm": 1, "_native_batch_norm_legit": 1, "native_batch_norm_backward": 2}
 _CONV = {"convolution", "convolution_backward"}
 
 
@@ -147,8 +149,12 @@ class Ledger(TorchDispatchMode):
         self, func: Any, ins: list[Tensor], outs: list[Tensor], args: Any, kwargs: Any, out: Any, fresh: int
     ) -> None:
         kind, flops = _work(func, args, kwargs, out)
+        if kind == "conv":  # oneDNN's copies in a layout of its own
+            fresh += sum(size for size in map(_bytes, [*ins, *outs]) if size >= self.limit)
         low = bool(ins) and ins[-1].dtype in (torch.bfloat16, torch.float16)
-        self.note(Op(kind, flops, sum(map(_bytes, ins)) + sum(map(_bytes, outs)), low, fresh))
+        again = ins[: _AGAIN.get(func.overloadpacket.__name__, 0)]
+        size = sum(map(_bytes, [*ins, *outs, *again]))
+        self.note(Op(kind, flops, size, low, fresh))
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

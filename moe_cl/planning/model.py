@@ -1,9 +1,9 @@
 """From a traced step to memory, time and traffic of a run: the stated model.
 
 Operation: max(FLOPs / rate of its kind, bytes / stream, launch), and on a CPU the first writing of the large blocks
-that it makes: they come from the system anew in every step (``moe_cl/allocator.py`` keeps the others). Step: student +
-teacher + loss + backward, then optimizer and EMA (bytes / stream), then messages; nothing overlaps
-(``overlap_comm: false``), but for reading data.
+that it makes (of a convolution also its copies of large maps): they come from the system anew in every step
+(``moe_cl/allocator.py`` keeps the others). Step: student + teacher + loss + backward, then optimizer and EMA (bytes /
+stream), then messages; nothing overlaps (``overlap_comm: false``), but for reading data.
 Messages of S bytes over n ranks (rings inside a node, all of a node's ranks together on its network): all-reduce
 2 S (n-1)/n a rank, all-gather S (n-1), all-to-all S (n-1)/n; of a group with p ranks on a node and N nodes, the
 network of that node carries 2 S (N-1)/N, S (n-p) and p S (n-p)/n, and the busiest node counts. ZeRO 1 and 2 reduce

@@ -144,6 +144,19 @@ def test_compiled_experts_have_the_flops_of_those_in_torch(in_torch):
     assert there.flops == pytest.approx(here.flops, rel=0.02)  # rows filled up
 
 
+def test_large_maps_are_new_memory_on_a_cpu():
+    """A new block's bytes at its first writing; a convolution also copies maps into a layout of oneDNN's own."""
+    ledger = Ledger(large=2**20)
+    x, weight = torch.randn(1, 8, 64, 256), torch.randn(16, 8, 1, 1)  # 0.5 and, the result, 1 MiB
+    with ledger:
+        y = torch.conv2d(x, weight)
+        kept = y.relu()
+        kept.mul_(2.0)
+    (ops,) = ledger.ops.values()
+    assert sorted((op.kind, op.fresh) for op in ops) == [("conv", 2 * 2**20), ("rest", 0), ("rest", 2**20)]
+    assert not any(op.fresh for op in Counter(trace(load("mocov2"), 1, 8, 1, "fp32", gpu=True).ops["student"]))
+
+
 def test_sixteen_bits_halve_what_linear_layers_keep():
     cfg = load("mocov3", "model.options.dim=128")
     full, low = (sum(trace(cfg, 1, 32, 1, p, gpu=True).peak.values()) for p in ("fp32", "bf16"))

@@ -11,12 +11,14 @@ done
 [ -n "$_python" ] || { echo "no Python 3.11 or newer found: install it, or name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
 command -v g++ >/dev/null 2>&1 || { echo "no g++ found: DeepSpeed and torch.compile build their parts with it; install it (apt-get install g++)" >&2; exit 2; }
 _start=$SECONDS
-# A .venv without pip is half made (Debian without python3-venv): it is made again.
-"$_root/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$_python" -m venv --clear "$_root/.venv" || { echo "could not make .venv: install python3-venv" >&2; exit 2; }
-export PATH="$_root/.venv/bin:$PATH" VIRTUAL_ENV="$_root/.venv"
-export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}" # started from any directory: relative paths are the caller's
 # tests/requirements.txt holds requirements.txt too, so one stamp a file list is enough.
 _stamp="$_root/.venv/.installed-$(cat "$_root/requirements.txt" "${_files[@]}" | sha256sum | cut -c1-16)"
+# A .venv without pip is half made (Debian without python3-venv): it is made again. One that was finished is not asked.
+if [ ! -f "$_stamp" ] || [ ! -x "$_root/.venv/bin/python" ]; then
+  "$_root/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$_python" -m venv --clear "$_root/.venv" || { echo "could not make .venv: install python3-venv" >&2; exit 2; }
+fi
+export PATH="$_root/.venv/bin:$PATH" VIRTUAL_ENV="$_root/.venv"
+export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}" # started from any directory: relative paths are the caller's
 if [ ! -f "$_stamp" ]; then
   echo "Installing the pinned packages into .venv (several GB with PyTorch; once) ..."
   _log="$_root/.venv/install.log"

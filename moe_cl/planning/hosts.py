@@ -44,6 +44,8 @@ def read_hostfile(path: str) -> dict[str, int]:
         raise ConfigError(f"hostfile {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"hostfile {path} is no text file; write lines like 'node1 slots=8'") from None
+    if lines and lines[0].startswith("\ufeff"):  # DeepSpeed would take it for a part of the name
+        raise ConfigError(f"hostfile {path} begins with a byte-order mark; save it as plain text (UTF-8 without BOM)")
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#", 1)[0].split()

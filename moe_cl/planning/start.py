@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from moe_cl.config import ConfigError
-from moe_cl.planning.doctor import read_hostfile
+from moe_cl.planning.hosts import read_hostfile
 
 # DeepSpeed's names; the program each starts the ranks with, and Debian's package of those that the guide names.
 MULTINODE = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "", "impi": "", "slurm": "", "mvapich": ""}
@@ -78,8 +78,6 @@ def multinode(path: str) -> Start:
     """``multinode.sh HOSTFILE``: NODE_RANK (without ssh) or LAUNCHER, MASTER_ADDR."""
     hosts = read_hostfile(path)
     slots, first = list(hosts.values()), next(iter(hosts)).rpartition("@")[2]
-    if first.startswith("\ufeff"):  # DeepSpeed would take it for a part of the name
-        raise ConfigError(f"hostfile {path} begins with a byte-order mark; save it as plain text (UTF-8 without BOM)")
     rank = node(len(hosts), None) if os.environ.get("NODE_RANK") else 0
     if not os.environ.get("NODE_RANK") and len(hosts) > 1:
         name = os.environ.get("LAUNCHER", "pdsh").lower()

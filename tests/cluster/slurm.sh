@@ -18,6 +18,7 @@ chmod 755 "$dir/munge"
 munged --force --key-file "$dir/munge.key" --socket "$dir/munge/socket" --pid-file "$dir/munged.pid" \
   --log-file "$dir/munged.log" --seed-file "$dir/munge.seed"
 name="$(hostname)"
+cpus=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1)) # of each node, both on the same cores
 cat >"$dir/slurm.conf" <<EOF
 ClusterName=test
 SlurmctldHost=$name(10.77.0.254)
@@ -35,7 +36,8 @@ SlurmdPidFile=$dir/slurmd-%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+TaskPluginParam=Cores
 MpiDefault=none
 ReturnToService=2
 SwitchType=switch/none
@@ -44,8 +46,8 @@ SelectTypeParameters=CR_Core
 KillWait=60
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
-NodeName=h1 NodeHostname=$name NodeAddr=10.77.0.1 CPUs=1
-NodeName=h2 NodeHostname=$name NodeAddr=10.77.0.2 CPUs=1
+NodeName=h1 NodeHostname=$name NodeAddr=10.77.0.1 CPUs=$cpus
+NodeName=h2 NodeHostname=$name NodeAddr=10.77.0.2 CPUs=$cpus
 PartitionName=main Nodes=h1,h2 Default=YES MaxTime=INFINITE State=UP
 EOF
 export SLURM_CONF="$dir/slurm.conf"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import install
+from tests.cluster.conftest import need
 from tests.cluster.forwarder import inside
 from tests.pool import free_port
 from tests.small import ROOT, make_shards
@@ -38,8 +38,7 @@ def changed(path, old, new, folder):
 
 
 def test_what_is_wrong_on_a_host_is_one_line_each(cluster, shards, tmp_path):
-    if why := install({"/usr/bin/faketime": "faketime"}):
-        pytest.skip(why)
+    need({"/usr/bin/faketime": "faketime"})
     other = make_shards(tmp_path / "other", images=48)
     package = Path(distribution("deepspeed")._path) / "METADATA"
     version, out, port = distribution("deepspeed").version, tmp_path / "run", free_port()

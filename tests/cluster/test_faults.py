@@ -14,7 +14,7 @@ import time
 import pytest
 
 from moe_cl.engine.checkpoint import store
-from tests.cluster.conftest import install, steps, until
+from tests.cluster.conftest import need, steps, until
 from tests.cluster.faults import A, bandwidth, faulty_link
 from tests.pool import free_port
 from tests.small import settings
@@ -75,8 +75,7 @@ def test_a_link_goes_down_shortly_then_for_good_and_one_host_continues(cluster, 
 
 
 def test_latency_loss_bandwidth_and_stalls_are_survived_a_killed_rank_is_named(cluster, shards, tmp_path):
-    if why := install({"mpirun": "openmpi-bin", "ompi_info": "openmpi-bin", "tc": "iproute2"}):
-        pytest.skip(why)
+    need({"mpirun": "openmpi-bin", "ompi_info": "openmpi-bin", "tc": "iproute2"})
     out, port = tmp_path / "run", str(free_port())
     logs = [tmp_path / "log1", tmp_path / "log2"]
     net = {"MASTER_ADDR": A, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "tun0"}

@@ -12,7 +12,7 @@ ip link add br77 type bridge
 ip addr add 10.77.0.254/24 dev br77
 ip link set br77 up
 ssh-keygen -q -t ed25519 -N '' -f "$dir/id" <<<y >/dev/null
-printf '127.0.0.1 localhost\n10.77.0.1 h1\n10.77.0.2 h2\n' >"$dir/hosts"
+printf '127.0.0.1 localhost\n10.77.0.1 h1 h1-net\n10.77.0.2 h2 h2-net\n' >"$dir/hosts"
 for n in 1 2; do
   ip netns add "h$n"
   ip link add "veth$n" type veth peer name eth0 netns "h$n"

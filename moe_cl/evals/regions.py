@@ -43,8 +43,10 @@ class Draws:
 
     def side(self, sizes: Sequence[int]) -> int:
         """One of ``sizes`` for the next image of the batch; asked for once an image, in order."""
-        with self.of(self._sized, _SIDE):
-            index = int(torch.randint(len(sizes), ()))
+        drawn = None  # torch's own generator
+        if self._keys is not None:
+            drawn = torch.Generator().manual_seed(int(rng.fold(self._keys[self._sized], _SIDE)))
+        index = int(torch.randint(len(sizes), (), generator=drawn))
         self._sized += 1
         return sizes[index]
 

@@ -1,11 +1,13 @@
-"""``cpp/``: compiled once a machine, loaded here, used where products are the CPU's in fp32 or bf16.
+"""``cpp/``: compiled once a machine, loaded here, used where products are an x86-64 CPU's in fp32 or bf16.
 
-Without a compiler, or on a processor without oneDNN's small-matrix kernels, ``get`` is None and ``mlp.ExpertMLP`` goes
-through torch's operations: the same results within rounding, slower. ``MOE_CL_KERNELS=0`` asks for that.
+Without a compiler, or on another processor, ``get`` is None and ``mlp.ExpertMLP`` goes through torch's operations: the
+same results within rounding, slower. ``MOE_CL_KERNELS=0`` asks for that.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,6 +25,8 @@ from torch import Tensor
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fopenmp -fPIC".split()
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # or a rounding is a call, one number at a time
+FLAGS += ["-fno-strict-aliasing"]  # pairs of bf16 are moved as 32-bit words
+LIMIT = 120  # seconds of a compiler that does not end
 FILL = 8  # of queue.h: rows of an expert are filled up to a multiple of it
 MULTIPLE = 16  # both widths are multiples of it
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -59,14 +63,14 @@ class Kernels:
         experts, hidden, d = w1.shape
         gx, gp = x.new_empty(len(token) + 1, d), w1.new_empty(len(token) + 1)
         gx[-1], gp[-1] = 0, 0
-        sums = [torch.empty_like(w1), w1.new_empty(experts, hidden), torch.empty_like(w2), w1.new_empty(experts, d)]
+        sums = [w1.new_empty(q) for q in (w1.shape, (experts, hidden), w2.shape, (experts, d))]
         self._call("backward", x.dtype, (experts, d, hidden), counts, token, x, g, p, w1, w2, h, gx, gp, *sums)
         return gx, gp, sums
 
     def combine(self, values: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
         """out[r] = sum_j weights[r, j] values[inverse[r, j]] in fp32: (R, D)."""
         (rows, k), d = inverse.shape, values.shape[1]
-        out = torch.empty(rows, d)
+        out = values.new_empty(rows, d, dtype=torch.float32)
         self._call("combine", values.dtype, (rows, k, d), values, inverse, weights, out)
         return out
 
@@ -74,15 +78,25 @@ class Kernels:
         return getattr(self.library, f"moe_{name}_{NAMES[dtype]}")
 
     def _call(self, name: str, dtype: torch.dtype, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-        whole = [None if t is None else t.contiguous() for t in tensors]  # outputs are; held until the call is over
+        """Tensors in the function's order; outputs are contiguous, inputs are made so.
+
+        Raises:
+            RuntimeError: no memory, or a product that oneDNN refuses.
+        """
+        whole = [None if t is None else t.contiguous() for t in tensors]  # held until the call is over
         pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in whole]
-        self._of(name, dtype)(*map(ctypes.c_int64, sizes), *pointers)
+        if self._of(name, dtype)(*map(ctypes.c_int64, sizes), *pointers):
+            raise RuntimeError(f"experts' {name}: no memory left, or oneDNN was switched off after the forward")
 
 
-def get(x: Tensor, dtype: torch.dtype, width: int, hidden: int, parameters: torch.dtype) -> Kernels | None:
-    """The kernels if they can multiply these rows: fp32 parameters, products in fp32 or bf16, both widths multiples
-    of 16. Nothing where oneDNN is switched off, as it is where FLOPs are counted, nor for tensors without data."""
-    fits = dtype in NAMES and parameters == torch.float32 and not (width % MULTIPLE or hidden % MULTIPLE)
+def get(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Kernels | None:
+    """The kernels if they can multiply rows x (R, D) by w1 (E, H, D), b1, w2, b2 in ``dtype``.
+
+    They can with fp32 parameters, products in fp32 or bf16, both widths multiples of 16; not where oneDNN is switched
+    off, as it is where FLOPs are counted, and not for tensors without data.
+    """
+    fits = not any(width % MULTIPLE for width in parameters[0].shape[1:])
+    fits = fits and dtype in NAMES and all(p.dtype == torch.float32 for p in parameters)
     if not (fits and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)):
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -98,45 +112,73 @@ def _works(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def load() -> Kernels | None:
-    """The compiled library, None where there is none: no compiler, no OpenMP, or ``MOE_CL_KERNELS=0``."""
+    """The compiled library, None where there is none: another processor, no compiler, or ``MOE_CL_KERNELS=0``."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     openmp = _openmp()
-    if os.environ.get("MOE_CL_KERNELS") == "0" or compiler is None or openmp is None:
+    here = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if os.environ.get("MOE_CL_KERNELS") == "0" or not here or compiler is None or openmp is None:
         return None
     try:
         return Kernels(build(compiler, openmp))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
 def build(compiler: str, openmp: str) -> Path:
-    """The library for this source, torch, processor and compiler: from the user's cache, or made now (two seconds)."""
+    """The library for this source, torch, processor and compiler: from the user's cache, or made now (in seconds).
+
+    Its name ends with a hash of what is in it: a damaged one is made again (to load it could end the process).
+    """
     torch_libraries = str(Path(torch.__file__).parent / "lib")
     # Torch's own OpenMP: a second one would bring threads of its own, and both would wait for the other's cores.
     link = [openmp, f"-L{torch_libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
-    key = "\n".join([*sources, torch.__version__, version, _processor(), *FLAGS, *link])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_cl"
-    path = cache / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # ranks that start together replace each other's
-            made = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, "-c", str(SOURCES / "mlp.cpp"), "-o", f"{made}.o"]
-            subprocess.run(command, check=True, capture_output=True)
-            # Linked without -fopenmp, which would name the compiler's library.
-            subprocess.run([compiler, "-shared", f"{made}.o", *link, "-o", str(made)], check=True, capture_output=True)
-            made.replace(path)
-    return path
+    version = _run([compiler, "--version"])
+    sources = [path.read_bytes() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])]
+    settings = "\n".join([torch.__version__, _processor(), *FLAGS, *link]).encode()
+    name, folder = f"kernels-{_hash(b''.join([*sources, version, settings]))}", _folder()
+    for path in folder.glob(f"{name}-*.so"):
+        if _own(path) and path.name == f"{name}-{_hash(path.read_bytes())}.so":
+            return path
+    with tempfile.TemporaryDirectory(dir=folder) as place:  # ranks that start together make it side by side
+        made = Path(place) / "kernels.so"
+        _run([compiler, *FLAGS, "-c", str(SOURCES / "mlp.cpp"), "-o", f"{made}.o"])
+        # Linked without -fopenmp, which would name the compiler's library.
+        _run([compiler, "-shared", f"{made}.o", *link, "-o", str(made)])
+        made.chmod(0o700)
+        return made.replace(folder / f"{name}-{_hash(made.read_bytes())}.so")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=LIMIT).stdout
+
+
+def _folder() -> Path:
+    """Where libraries are kept: a folder that nobody else can write to; without one, this process's own for now."""
+    with contextlib.suppress(OSError, RuntimeError):  # a read-only home; no home at all
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_cl"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _own(cache) and os.access(cache, os.W_OK):
+            return cache
+    folder = tempfile.mkdtemp(prefix="moe_cl-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _own(path: Path) -> bool:
+    """What is loaded runs as this user: nobody else may have written it."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _processor() -> str:
     """What ``-march=native`` depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    named = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return platform.machine() + "".join(sorted(set(named)))
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
 
 
 def _openmp() -> str | None:

@@ -102,7 +102,7 @@ class ExpertMLP(torch.autograd.Function):
         train: bool,
         recompute: bool,
     ) -> Tensor:
-        native = kernels.get(x, dtype, x.shape[1], w1.shape[1], w1.dtype)
+        native = kernels.get(x, dtype, w1, b1, w2, b2)
         ctx.native, ctx.dtype, ctx.x_dtype = native, dtype, x.dtype
         if native is not None:
             xc = x.to(dtype)

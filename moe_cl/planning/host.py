@@ -58,7 +58,9 @@ def packages() -> dict[str, str]:
 def code() -> str:
     """A digest of the sources, recipes left out (what a recipe says is in the digest of the config)."""
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "moe_cl").rglob("*.py")), ROOT / "requirements.txt"]:
+    kinds = ("*.py", "*.cpp", "*.h")
+    sources = sorted(path for kind in kinds for path in (ROOT / "moe_cl").rglob(kind))
+    for path in [*sources, ROOT / "requirements.txt"]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

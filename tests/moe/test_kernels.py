@@ -24,7 +24,7 @@ def has_processor() -> bool:
 
 
 def native(dtype: torch.dtype) -> kernels.Kernels:
-    found = kernels.get(torch.zeros(1, 16), dtype, 16, 16, torch.float32)
+    found = kernels.get(torch.zeros(1, 16), dtype, *stacks(16, 16))
     if found is None:
         # In CI a machine that could have them and has none is a failure, not a reason to test nothing.
         assert not (os.environ.get("MOE_CL_CI") and has_processor()), "no compiled kernels: kernels.build says why"
@@ -103,20 +103,91 @@ def test_a_row_that_is_not_a_number_stays_alone() -> None:
     assert grad_x[11].isnan().all() and grad_x[others].isfinite().all()
 
 
+def stacks(width: int, hidden: int, **kind: torch.dtype) -> list[torch.Tensor]:
+    sizes = {"w1": (2, hidden, width), "b1": (2, hidden), "w2": (2, width, hidden), "b2": (2, width)}
+    return [torch.zeros(size, dtype=kind.get(name, torch.float32)) for name, size in sizes.items()]
+
+
 def test_who_does_not_get_them() -> None:
     x = torch.zeros(4, 16)
-    assert kernels.get(x, torch.float64, 16, 16, torch.float64) is None
-    assert kernels.get(x, torch.bfloat16, 24, 16, torch.float32) is None
-    assert kernels.get(x, torch.bfloat16, 16, 16, torch.bfloat16) is None
-    assert kernels.get(x.to("meta"), torch.float32, 16, 16, torch.float32) is None
+    assert kernels.get(x, torch.float64, *stacks(16, 16)) is None
+    assert kernels.get(x, torch.bfloat16, *stacks(24, 16)) is None
+    assert kernels.get(x, torch.bfloat16, *stacks(16, 40)) is None
+    assert kernels.get(x, torch.bfloat16, *stacks(16, 16, b2=torch.bfloat16)) is None
+    assert kernels.get(x.to("meta"), torch.float32, *stacks(16, 16)) is None
 
 
-@pytest.mark.parametrize("setting", [{"MOE_CL_KERNELS": "0"}, {"CXX": "false"}, {"XDG_CACHE_HOME": "/proc/nowhere"}])
+@pytest.mark.parametrize("setting", [{"MOE_CL_KERNELS": "0"}, {"CXX": "false"}])
 def test_without_a_compiler_there_are_none(setting, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
     assert kernels.load.__wrapped__() is None
+
+
+def test_packed_weights_stay_until_their_tiles_are_done(monkeypatch) -> None:
+    """Experts 0 and 6i share a place among the packed ones (2 threads); those between have no rows to wait for."""
+    native(torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ids, inputs, cotangent = draw(150, 20, 16, 16, 1, 1, False, 9)
+        ids = torch.arange(150)[:, None] % 2 * 18
+        want = run(ids, inputs, cotangent, torch.float32, wide=True)
+        for _ in range(60):
+            got = run(ids, inputs, cotangent, torch.float32)
+            assert all((a - b).abs().max() < 1e-4 for a, b in zip(got, want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_of_another_layout_and_another_default_type() -> None:
+    """Weights stored transposed get gradients all the same; outputs are fp32 whatever the default type is."""
+    native(torch.float32)
+    ids, inputs, cotangent = draw(40, 3, 16, 32, 2, 3, False, 7)
+    want = run(ids, inputs, cotangent, torch.float32)
+    inputs[2] = inputs[2].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = run(ids, inputs, cotangent, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_product_that_is_refused_is_an_error_and_no_end() -> None:
+    """oneDNN switched off between forward and backward."""
+    native(torch.bfloat16)
+    x = torch.randn(100, 32, requires_grad=True)
+    parameters = [p.requires_grad_() for p in stacks(32, 32)]
+    ids = torch.arange(100)[:, None] % 2
+    y = mlp.ExpertMLP.apply(
+        x, torch.ones(100, 1), *parameters, ids, sort_by_expert(ids, 2), torch.bfloat16, True, False
+    )
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with pytest.raises(RuntimeError, match="switched off after the forward"):
+            y.sum().backward()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+def test_a_folder_that_others_may_write_to_is_not_used_nor_a_damaged_file(monkeypatch, tmp_path) -> None:
+    native(torch.float32)
+    compiler, openmp = "g++", kernels._openmp()
+    (tmp_path / "moe_cl").mkdir()
+    (tmp_path / "moe_cl").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels._folder().parent != tmp_path  # this process's own
+    (tmp_path / "moe_cl").chmod(0o700)
+    assert kernels._folder().parent == tmp_path
+    path = kernels.build(compiler, openmp)
+    assert kernels.build(compiler, openmp) == path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    assert kernels.build(compiler, openmp).read_bytes() == whole  # made again
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert kernels._folder().is_dir()
 
 
 @pytest.mark.processes

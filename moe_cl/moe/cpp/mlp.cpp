@@ -198,23 +198,35 @@ int works() {
   }
 }
 
+template <class Call>
+int guarded(Call call) {  // 0, or 1 where something was thrown: no memory, or a product that oneDNN refuses
+  try {
+    call();
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                              \
-  extern "C" void moe_forward_##NAME(int64_t e, int64_t d, int64_t hidden, const int64_t* counts,                    \
-                                     const int64_t* token, const T* x, const float* w1, const float* b1,             \
-                                     const float* w2, const float* b2, T* h, T* y) {                                 \
-    forward<T>(e, d, hidden, counts, token, x, w1, b1, w2, b2, h, y);                                                \
+  extern "C" int moe_forward_##NAME(int64_t e, int64_t d, int64_t hidden, const int64_t* counts,                     \
+                                    const int64_t* token, const T* x, const float* w1, const float* b1,              \
+                                    const float* w2, const float* b2, T* h, T* y) {                                  \
+    return guarded([&] { forward<T>(e, d, hidden, counts, token, x, w1, b1, w2, b2, h, y); });                       \
   }                                                                                                                  \
-  extern "C" void moe_backward_##NAME(int64_t e, int64_t d, int64_t hidden, const int64_t* counts,                   \
-                                      const int64_t* token, const T* x, const T* g, const float* p, const float* w1, \
-                                      const float* w2, const T* h, T* gx, float* gp, float* gw1, float* gb1,         \
-                                      float* gw2, float* gb2) {                                                      \
-    backward<T>(e, d, hidden, counts, token, x, g, p, w1, w2, h, gx, gp, gw1, gb1, gw2, gb2);                        \
+  extern "C" int moe_backward_##NAME(int64_t e, int64_t d, int64_t hidden, const int64_t* counts,                    \
+                                     const int64_t* token, const T* x, const T* g, const float* p, const float* w1,  \
+                                     const float* w2, const T* h, T* gx, float* gp, float* gw1, float* gb1,          \
+                                     float* gw2, float* gb2) {                                                       \
+    return guarded([&] {                                                                                             \
+      backward<T>(e, d, hidden, counts, token, x, g, p, w1, w2, h, gx, gp, gw1, gb1, gw2, gb2);                      \
+    });                                                                                                              \
   }                                                                                                                  \
-  extern "C" void moe_combine_##NAME(int64_t rows, int64_t k, int64_t d, const T* values, const int64_t* inverse,    \
-                                     const float* weights, float* out) {                                             \
-    combine<T>(rows, k, d, values, inverse, weights, out);                                                           \
+  extern "C" int moe_combine_##NAME(int64_t rows, int64_t k, int64_t d, const T* values, const int64_t* inverse,     \
+                                    const float* weights, float* out) {                                              \
+    return guarded([&] { combine<T>(rows, k, d, values, inverse, weights, out); });                                  \
   }                                                                                                                  \
   extern "C" int moe_works_##NAME() { return works<T>(); }
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -50,7 +51,8 @@ inline int64_t ring(int64_t experts) { return std::min<int64_t>(experts, 4 + omp
 
 // What the threads do, in this order: stage s of expert i comes with stage 0 of expert i + s, so that what a stage
 // leaves is still in the caches for the next one, and nobody waits for all others. ``count(s, e)``: jobs of a stage.
-// Stage 0 of an expert fills the place in the ring that stage 1 of an earlier one has read.
+// Stage 0 of an expert fills the place in the ring that stage 1 of earlier ones has read. What a job throws is thrown
+// again when all threads have ended; the jobs after it are left out.
 template <class T, class Count, class Work>
 void run(int stages, int64_t experts, Count count, Work work) {
   struct Job {
@@ -71,16 +73,25 @@ void run(int stages, int64_t experts, Count count, Work work) {
     while (e >= 0 && open[stage * experts + e].load(std::memory_order_acquire) > 0) std::this_thread::yield();
   };
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
 #pragma omp parallel
   {
     for (int64_t j; (j = next++) < int64_t(jobs.size());) {
       const Job& job = jobs[j];
-      job.stage ? done(job.stage - 1, job.expert) : done(1, job.expert - places);
-      work(job.stage, job.expert, job.index);
+      if (job.stage) done(job.stage - 1, job.expert);
+      // All earlier experts of the place: the one before may have no rows, and so nothing to wait for.
+      for (int64_t e = job.expert - places; !job.stage && e >= 0; e -= places) done(1, e);
+      try {
+        if (!failed) work(job.stage, job.expert, job.index);
+      } catch (...) {
+        if (!failed.exchange(true)) failure = std::current_exception();
+      }
       open[job.stage * experts + job.expert].fetch_sub(1, std::memory_order_release);
     }
     at::native::cpublas::brgemm_release(PAIR<T> == 2);
   }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -72,7 +73,9 @@ struct Free {
 template <class T>
 struct Buffer : std::unique_ptr<T[], Free> {
   explicit Buffer(int64_t n)
-      : std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {}
+      : std::unique_ptr<T[], Free>(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+    if (!*this) throw std::bad_alloc();
+  }
 };
 
 template <class T>

@@ -44,7 +44,7 @@ def test_any_crops_on_any_number_of_ranks(counts, moe, regions):
 
     def rank(comm):
         run = runs[comm.rank]
-        run.comm = run.method.comm = run.engine.comm = run.parts.comm = comm
+        run.comm = run.method.comm = run.engine.comm = run.engine.copies = run.parts.comm = comm
         return stepped(run, views, slice(comm.rank, None, 2)).item()
 
     losses = SimComm.run(2, rank)

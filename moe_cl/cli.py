@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from moe_cl import config
 from moe_cl.arguments import Parser, RanksParser, speaks, whole
 from moe_cl.config import ConfigError
+from moe_cl.typed import OneRanksError
 
 # verb: (module with add_arguments(parser) and main(args) -> int, help)
 VERBS = {
@@ -147,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; see the module's docstring for exit codes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((a for a in argv if a in VERBS), None)
-    ranked = chosen is None or chosen in AS_RANKS
+    # --check is one process too, also where its environment is that of a rank (a pod of a PyTorchJob).
+    checks = any(a.split("=", 1)[0] == "--check" for a in argv)
+    ranked = chosen is None or chosen in AS_RANKS and not checks
     parser = (RanksParser if ranked else Parser)(
         prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", "")
     )
@@ -168,12 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    aloud = not ranked or speaks()  # now: the process group gives LOCAL_RANK another meaning
     try:
         if args.verb == "pretrain":
             return main_pretrain(args)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
-        if not ranked or speaks():
+        if aloud or isinstance(error, OneRanksError):
             print(f"moe_cl: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

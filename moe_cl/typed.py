@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A setting the user can mend; its text is one line that says what to change (exit code 2)."""
 
 
+class OneRanksError(ConfigError):
+    """What one rank alone may see, of itself: it says so, whichever of its host it is."""
+
+
 @dataclass(frozen=True)
 class Range:
     """``low <= value <= high``; ``above``/``below`` are the same without the end; ``length``: of a list, exactly."""

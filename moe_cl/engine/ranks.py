@@ -18,6 +18,7 @@ from pathlib import Path
 from moe_cl.arguments import sources
 from moe_cl.comm import Comm, DistComm
 from moe_cl.config import ConfigError
+from moe_cl.typed import OneRanksError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Ranks:
 def from_environment() -> Ranks:
     """RANK/WORLD_SIZE, else SLURM_*, else OMPI_*, else one process.
 
-    Raises ConfigError on half a set (unless the half says one process), and on numbers that no launcher gives.
+    Raises OneRanksError on half a set (unless the half says one process), and on numbers that no launcher gives.
     """
     for rank, world, local, local_world in sources():
         given = [name for name in (rank, world) if name in os.environ]
@@ -44,24 +45,24 @@ def from_environment() -> Ranks:
             if (me, size) == (0, 1):
                 continue
             other = world if given == [rank] else rank
-            raise ConfigError(f"{given[0]}={os.environ[given[0]]} is set and {other} is not: set both, or neither")
+            raise OneRanksError(f"{given[0]}={os.environ[given[0]]} is set and {other} is not: set both, or neither")
         if me >= size:
-            raise ConfigError(f"{rank}={me} must be below {world}={size}: ranks count from 0")
+            raise OneRanksError(f"{rank}={me} must be below {world}={size}: ranks count from 0")
         here = _number(local, 0)
         there = _number(local_world if os.environ.get(local_world) else "LOCAL_SIZE", size, least=1)
         if here >= there:
             if rank == "RANK":
-                raise ConfigError(f"{local}={here} must be below the {there} ranks of a host ({local_world})")
+                raise OneRanksError(f"{local}={here} must be below the {there} ranks of a host ({local_world})")
             there = here + 1  # what a job asked for a host; a step of it may be another
         return Ranks(me, here, size, there)
     return Ranks()
 
 
 def _number(name: str, default: int, least: int = 0) -> int:
-    """A variable of the environment; ``default`` where it is not set, or empty. Raises ConfigError."""
+    """A variable of the environment; ``default`` where it is not set, or empty. Raises OneRanksError."""
     text = os.environ.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
-        raise ConfigError(f"{name}={text!r} must be a whole number of at least {least}")
+        raise OneRanksError(f"{name}={text!r} must be a whole number of at least {least}")
     return int(text)
 
 
@@ -101,12 +102,12 @@ def pins(ranks: Ranks) -> bool:
 
 
 def device_index(ranks: Ranks, seen: int) -> int:
-    """Which of the ``seen`` devices is this rank's: the one of its number on this host. Raises ConfigError.
+    """Which of the ``seen`` devices is this rank's: the one of its number on this host. Raises OneRanksError.
 
     A rank that sees a single one has that, whatever its number: Slurm's ``--gpus-per-task=1`` hides the others.
     """
     if seen > 1 and ranks.local_rank >= seen:
-        raise ConfigError(
+        raise OneRanksError(
             f"rank {ranks.rank} is number {ranks.local_rank} of {socket.gethostname()}, which has {seen} devices: one "
             "rank a device; start fewer ranks"
         )

@@ -71,6 +71,42 @@ def test_one_rank_of_a_host_speaks(given, says, monkeypatch, capsys):
     assert bool(capsys.readouterr().err) == says
 
 
+@pytest.mark.parametrize(
+    ("given", "check", "says"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, [], ""),  # what all ranks see is said by one
+        ({"RANK": "1", "WORLD_SIZE": "4"}, ["--check", "2"], "does not divide"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, ["--check=many"], "a whole number of at least 1 is needed"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, [], "RANK=2 must be below"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, [], "RANK='first' must be"),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, [], "LOCAL_RANK=2 must be"),
+    ],
+)
+def test_what_one_rank_alone_sees_it_says(given, check, says, monkeypatch, capsys):
+    """Else it ends without a word, and the others wait for it."""
+    only(given, monkeypatch)
+    recipe = ["--recipe", "crmoe_vit_micro_fmnist", "moe.ep_size=3"]
+    try:
+        code = cli.main(["pretrain", *recipe, *check])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == bool(says) and says in said
+
+
+def test_who_speaks_is_settled_before_the_ranks_meet(monkeypatch, capsys):
+    """Slurm's --gpus-per-task=1: to every rank of a host its device is number 0."""
+    only({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, monkeypatch)
+
+    def fails(args):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        raise ConfigError("all ranks see this")
+
+    monkeypatch.setattr(cli, "main_pretrain", fails)
+    assert cli.main(["pretrain", "--recipe", "crmoe_vit_micro_fmnist"]) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_cores_of_a_ranks_own_are_not_divided_again(monkeypatch):
     """12 cores each, as srun binds them; 12 cores for two ranks; two of these hosts; a number that was asked for."""
     mine, theirs = list(range(12)), list(range(12, 24))

@@ -3,7 +3,7 @@
 # Started again with the same out dir it continues there, also on other hosts (resume=false: it refuses to).
 #
 #   bash launchers/multinode.sh HOSTFILE --recipe NAME [--out DIR] [key=value ...]
-#   LAUNCHER=openmpi bash launchers/multinode.sh ...        # pdsh (default), openmpi, slurm, mpich ...: DeepSpeed's names
+#   LAUNCHER=openmpi bash launchers/multinode.sh ...        # pdsh (default), openmpi, mpich, impi: DeepSpeed's names
 #   NODE_RANK=0 MASTER_ADDR=HOST bash launchers/multinode.sh ...   # no ssh: the same command on every host, its number each
 #
 # Every host needs this checkout and .venv at the same path, and the data and the out dir under the same names. Relative
@@ -20,7 +20,7 @@ shift
 checked="$(python -m moe_cl.planning.start multinode "$hostfile")"
 read -r ranks _ _ node_rank address port <<<"$checked"
 python -m moe_cl pretrain --check "$ranks" "$@"
-launcher="${LAUNCHER:-pdsh}" more="${LAUNCHER_ARGS:-}"
+launcher="${LAUNCHER:-pdsh}" launcher="${launcher,,}" more="${LAUNCHER_ARGS:-}"
 options=(--hostfile "$hostfile" --master_addr "$address" --master_port "$port")
 if [ -n "${NODE_RANK:-}" ]; then
   options+=(--no_ssh --node_rank "$node_rank")

@@ -17,8 +17,9 @@ from dataclasses import astuple, dataclass
 from moe_cl.config import ConfigError
 from moe_cl.planning.hosts import read_hostfile
 
-# DeepSpeed's names; the program each starts the ranks with, and Debian's package of those that the guide names.
-MULTINODE = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "", "impi": "", "slurm": "", "mvapich": ""}
+# Those of DeepSpeed's names whose ranks learn who they are; the program each starts them with, and Debian's package of
+# those that the guide names.
+MULTINODE = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "", "impi": ""}
 PACKAGES = {"pdsh": "pdsh", "openmpi": "openmpi-bin"}
 
 
@@ -81,6 +82,8 @@ def multinode(path: str) -> Start:
     rank = node(len(hosts), None) if os.environ.get("NODE_RANK") else 0
     if not os.environ.get("NODE_RANK") and len(hosts) > 1:
         name = os.environ.get("LAUNCHER", "pdsh").lower()
+        if name == "slurm":
+            raise ConfigError("LAUNCHER=slurm: use sbatch launchers/slurm.sbatch")
         if name not in MULTINODE:
             raise ConfigError(f"LAUNCHER={name}: choose one of {', '.join(MULTINODE)}")
         if MULTINODE[name] and shutil.which(MULTINODE[name]) is None:

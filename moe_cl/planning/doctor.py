@@ -16,7 +16,7 @@ from typing import Any
 from moe_cl import config
 from moe_cl.config import ConfigError
 from moe_cl.planning import host
-from moe_cl.planning.hosts import Answer, ask, links, not_shared, read_hostfile
+from moe_cl.planning.hosts import Answer, ask, links, not_shared, read_hostfile, skew_of
 
 CLOCK_SKEW, FREE_GIB = 2.0, 5.0
 
@@ -111,6 +111,8 @@ def main(args: argparse.Namespace) -> int:
             answers = list(pool.map(lambda name: ask(name, rest), names))
         for answer in answers:
             answer.slots = hosts[answer.name]
+            if abs(answer.skew) > CLOCK_SKEW and (alone := skew_of(answer.name)) is not None:
+                answer.skew = min(answer.skew, alone, key=abs)
     found = problems(answers) + (not_shared(answers) if cfg is not None else [])
     speed: dict[str, Any] = {}
     if len(names) > 1 and not args.no_links and not any(a.error for a in answers):
@@ -154,7 +156,7 @@ def show(answers: list[Answer], speed: dict[str, Any], found: list[str]) -> None
             f"{len(f['devices']) or ''} {devices[0]}".strip(), f["experts"], f["collectives"],
             addresses or "none", disk,
             data.get("error") or (f"{data['samples']:,} samples" if data else "not asked"),
-            f["tracking"].get("error") or f["tracking"]["state"], f"{a.skew:+.1f} s",
+            f["tracking"].get("error") or f["tracking"]["state"], "unknown" if a.error else f"{a.skew:+.1f} s",
         ])  # fmt: skip
     table(
         ["host", "software", "devices", "experts", "collectives", "network", "out dir", "data", "MLflow", "clock"], rows

@@ -22,12 +22,16 @@ from moe_cl.planning import host
 ASK_SECONDS = 180  # a first start of torch from a network file system takes a minute by itself
 PASSED_ON = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR",
              "MOE_CL_KERNELS")  # fmt: skip
+CLOCK = "date '+clock %s.%N'"
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 
 @dataclass
 class Answer:
-    """What a host said. ``skew``: its clock minus this one's, seconds. ``slots``: ranks the hostfile gives it."""
+    """What a host said. ``skew``: its clock minus this one's, seconds. ``slots``: ranks the hostfile gives it.
+
+    ``facts`` with an ``error``: they are whole, and its clock could not be read.
+    """
 
     name: str
     facts: dict[str, Any] | None = None
@@ -51,7 +55,8 @@ def read_hostfile(path: str) -> dict[str, int]:
         words = line.split("#", 1)[0].split()
         if not words:
             continue
-        if len(words) != 2 or not re.fullmatch("slots=[1-9][0-9]{0,5}", words[1]):
+        # What more Open MPI takes there (max_slots=8) is not for DeepSpeed.
+        if not re.fullmatch(r"slots=[1-9][0-9]{0,5}( \w+=\S+)*", " ".join(words[1:])):
             raise ConfigError(f"hostfile {path}, line {number}: write it as 'HOST slots=N', found {line.strip()!r}")
         if words[0] in hosts:
             raise ConfigError(
@@ -79,14 +84,12 @@ def ask(name: str, arguments: list[str]) -> Answer:
     """
     *ssh, command = remote(name, "moe_cl", "doctor", "--json", *arguments)
     # Unbuffered: what ``readline`` has not taken is left to ``communicate``.
-    asked = subprocess.Popen(
-        [*ssh, f"date '+clock %s.%N' && {command}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-    )
+    asked = subprocess.Popen([*ssh, f"{CLOCK} && {command}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     late = threading.Event()
     limit = threading.Timer(ASK_SECONDS, lambda: (late.set(), asked.kill()))
     limit.start()
     try:
-        skew = _clock(asked)
+        skew, said_before = _clock(asked)
         out, err = (text.decode(errors="replace") for text in asked.communicate())
     finally:
         limit.cancel()
@@ -99,24 +102,40 @@ def ask(name: str, arguments: list[str]) -> Answer:
         reason = said or "no reason given"
         return Answer(name, error=f"ssh cannot reach it ({reason}): check the name, the network and the key")
     try:
-        facts = json.loads(out.strip().splitlines()[-1])
+        facts = json.loads((said_before + out).strip().splitlines()[-1])
     except (IndexError, ValueError):
         reason = said or f"exit code {asked.returncode}"
         return Answer(
             name, error=f"this checkout does not run there ({reason}): it must lie at {host.ROOT}, with .venv"
         )
-    if skew is None or not host.whole(facts):
+    if not host.whole(facts):
         return Answer(name, error="its answer is that of another code: use the same checkout on all hosts")
+    if skew is None:
+        return Answer(name, facts, error=f"its clock cannot be read: see what `ssh {name} date +%s` says")
     return Answer(name, facts, skew)
 
 
-def _clock(asked: subprocess.Popen[bytes]) -> float | None:
-    """The host's clock minus ours from the first line it says of it; what its login says before is passed over."""
+def skew_of(name: str) -> float | None:
+    """A host's clock minus ours, asked for alone: many answers at once may wait for their turn here."""
+    asked = subprocess.Popen([*SSH, name, CLOCK], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    limit = threading.Timer(60, asked.kill)
+    limit.start()
+    try:
+        return _clock(asked)[0]
+    finally:
+        limit.cancel()
+        asked.communicate()
+
+
+def _clock(asked: subprocess.Popen[bytes]) -> tuple[float | None, str]:
+    """The host's clock minus ours from the first line it says of it (also behind other words, or from a ``date``
+    without fractions), and all that was read; without such a line that is all it said."""
+    said = b""
     while line := asked.stdout.readline():
-        now = time.time()
-        if found := re.fullmatch(rb"clock (\d+\.\d*)\s*", line):
-            return float(found[1]) - now
-    return None
+        now, said = time.time(), said + line
+        if found := re.search(rb"clock (\d{9,})(\.\d+)?\D*$", line):
+            return float(found[1] + (found[2] or b".5")) - now, said.decode(errors="replace")
+    return None, said.decode(errors="replace")
 
 
 def not_shared(answers: list[Answer]) -> list[str]:

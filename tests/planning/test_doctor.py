@@ -99,7 +99,7 @@ def test_more_slots_than_devices(facts):
 @pytest.mark.parametrize(
     "text",
     ["", "node1\n", "node1 slots=many\n", "# nothing\n", "a slots=1\na slots=1\n", "a 8\n", "a slots=0\n",
-     "a slots=²\n", b"\x80\xff"],
+     "a slots=²\n", "a slots=8 b\n", b"\x80\xff"],
 )  # fmt: skip
 def test_bad_hostfile(tmp_path, text):
     path = tmp_path / "hosts"
@@ -154,6 +154,35 @@ def test_a_clock_is_found_in_both_directions(ssh, tmp_path, facts, behind):
     found = hosts.ask("h2", [])
     assert found.error == "" and abs(found.skew - behind) < 1
     assert len(problems([found])) == (behind != 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "lost"), [("clock $(date +%s).N", False), ("Welcome$(date '+clock %s.%N')", False), ("hello", True)]
+)
+def test_a_clock_said_in_another_way(ssh, tmp_path, facts, line, lost):
+    """A ``date`` without fractions, a login without a line's end; one that says no clock is not another code's."""
+    answer = tmp_path / "answer"
+    answer.write_text(json.dumps(facts))
+    ssh(h2=f'echo "{line}"; cat {answer}')
+    found = hosts.ask("h2", [])
+    assert found.facts == facts and abs(found.skew) < 1.5
+    assert problems([found]) == (["h2: its clock cannot be read: see what `ssh h2 date +%s` says"] if lost else [])
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_clock_that_seems_wrong_is_asked_for_alone(ssh, tmp_path, facts, off, capsys):
+    """What a busy machine read late is no clock that is off."""
+    answer, path = tmp_path / "answer", tmp_path / "hosts"
+    answer.write_text(json.dumps({**facts, "devices": []}))
+    path.write_text("h2 slots=1\n")
+    late = "date -d '-9 seconds' '+clock %s.%N'"
+    alone = late if off else "eval $command"
+    ssh(h2=f'case "$command" in *doctor*) {late}; cat {answer} ;; *) {alone} ;; esac')
+    cli.main(["doctor", "--hostfile", str(path), "--json"])
+    said = json.loads(capsys.readouterr().out)["problems"]
+    assert [line for line in said if "clock" in line] == (
+        ["h2: its clock is -9 s off; start a time service (chrony) on it"] if off else []
+    )
 
 
 @pytest.mark.parametrize("change", [None, "disk", "packages", "experts", "folder"])

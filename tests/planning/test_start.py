@@ -48,7 +48,9 @@ def say(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_what_the_scripts_read(say, tmp_path, given, launcher, said):
-    (tmp_path / "hosts").write_text("# first\nme@n1\tslots=8\t# with a comment\n\t# and another\nn2 slots=4\n")
+    (tmp_path / "hosts").write_text(
+        "# first\nme@n1\tslots=8\t# with a comment\n\t# and another\nn2 slots=4 max_slots=4\n"
+    )
     assert say(given, *launcher) == said
 
 
@@ -75,6 +77,8 @@ TWO = {"NNODES": "2", "MASTER_ADDR": "n1"}
         ({"NODE_RANK": "7"}, ["multinode", "one"], "NODE_RANK=7: give each of the 1 hosts"),
         ({"NODE_RANK": "abc"}, ["multinode", "hosts"], "NODE_RANK=abc: give each of the 2 hosts"),
         ({"LAUNCHER": "ssh"}, ["multinode", "hosts"], "LAUNCHER=ssh: choose one of pdsh, openmpi"),
+        ({"LAUNCHER": "mvapich"}, ["multinode", "hosts"], "LAUNCHER=mvapich: choose one of pdsh, openmpi"),
+        ({"LAUNCHER": "slurm"}, ["multinode", "hosts"], "use sbatch launchers/slurm.sbatch"),
         ({"PATH": "/nowhere"}, ["multinode", "hosts"], "pdsh is not installed here (apt-get install pdsh)"),
         ({"NODE_RANK": "0"}, ["multinode", "twice"], "line 2: n1 stands there twice"),
         ({"NODE_RANK": "0"}, ["multinode", "none"], "line 1: write it as 'HOST slots=N'"),

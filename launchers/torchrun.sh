@@ -13,5 +13,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 checked="$(python -m moe_cl.planning.start torchrun)"
 read -r ranks nodes here node_rank address port <<<"$checked"
 python -m moe_cl pretrain --check "$ranks" "$@"
+# torchrun would give each of several ranks one thread: on a CPU they share the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((here < $(nproc) ? $(nproc) / here : 1))}"
 exec torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$here" \
   --master-addr "$address" --master-port "$port" -m moe_cl pretrain "$@"

@@ -60,6 +60,45 @@ def test_wrong_options(words, says):
     assert "spawned" not in done.stdout
 
 
+def bare(folder, functions):
+    """The environment of a script in a checkout in ``folder``, with shell functions in place of programs."""
+    for name in ("launchers", "requirements.txt", ".venv"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "functions").write_text(functions)
+    return {k: v for k, v in ENV.items() if k != "OMP_NUM_THREADS"} | {"BASH_ENV": str(folder / "functions")}
+
+
+def test_a_slurm_job_of_many_nodes_goes_back_into_the_queue(tmp_path):
+    """Its list of nodes is longer than a pipe holds; the mark of the requeue lies where all nodes see it."""
+    env = bare(
+        tmp_path,
+        """
+        scontrol() { if [ "$1" = show ]; then seq -f n%g 200000; else echo "scontrol $*"; fi; }
+        python() { [ "$2" != moe_cl.planning.start ] || echo "1 1 1 0 $4 29500"; }
+        srun() {
+          echo "$MASTER_ADDR $MOE_CL_REQUEUE_FILE"
+          [ -e "$MOE_CL_REQUEUE_FILE" ] || echo mark >"$MOE_CL_REQUEUE_FILE"
+        }
+        """,
+    )
+    left = tmp_path / ".requeue-7"
+    left.write_text("")  # by a start that was killed
+    job = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n[1-200000]"}
+    done = script(str(tmp_path / "launchers" / "slurm.sbatch"), "--recipe", "x", env={**env, **job})
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == f"n1 {left}" and said[-1] == "scontrol requeue 7" and not left.exists()
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, 4), ({"NPROC": "16"}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_ranks_of_torchrun_share_the_cores(tmp_path, given, threads):
+    functions = "nproc() { echo 12; }; exec() { echo $OMP_NUM_THREADS $1; }"
+    functions += '; python() { [ "$2" != moe_cl.planning.start ] || echo "$NPROC 1 $NPROC 0 127.0.0.1 29500"; }'
+    env = {**bare(tmp_path, functions), "NPROC": "3", **given}
+    done = script(str(tmp_path / "launchers" / "torchrun.sh"), "--recipe", "x", env=env)
+    assert done.stdout.strip() == f"{threads} torchrun", done.stderr
+
+
 def test_no_compiler_and_no_python_are_one_line(tmp_path):
     for program in ("bash", "dirname", "cat", "sha256sum", "cut", "sed"):
         (tmp_path / program).symlink_to(subprocess.check_output(["which", program], text=True).strip())

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def mark_requeue(out: str | Path, step: int, reason: str) -> Path:
     """Leave ``OUT/requeue``: this run stopped on request and wants to go on (``--resume``) from step ``step``.
 
     The same is written to the file that MOE_CL_REQUEUE_FILE names: who started the run need not know its out dir.
-    Raises OSError.
+    Where that cannot be written the run stopped well all the same, and a line says so. Raises OSError.
     """
     path = Path(out) / MARK
     hidden = path.with_name(f".{MARK}.tmp")
@@ -60,7 +61,10 @@ def mark_requeue(out: str | Path, step: int, reason: str) -> Path:
     hidden.write_text(line)
     os.replace(hidden, path)
     if told := os.environ.get("MOE_CL_REQUEUE_FILE"):
-        Path(told).write_text(line)
+        try:
+            Path(told).write_text(line)
+        except OSError as error:
+            print(f"moe_cl: {told} cannot be written ({error.strerror}): start the run again yourself", file=sys.stderr)
     return path
 
 

@@ -67,6 +67,14 @@ def test_the_requeue_mark(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_stop_that_its_starter_cannot_be_told_is_a_stop(tmp_path, monkeypatch, capsys):
+    told = tmp_path / "of another machine" / "told"
+    monkeypatch.setenv("MOE_CL_REQUEUE_FILE", str(told))
+    assert mark_requeue(tmp_path, 12, "SIGTERM").exists()
+    said = capsys.readouterr().err
+    assert said == f"moe_cl: {told} cannot be written (No such file or directory): start the run again yourself\n"
+
+
 def test_a_full_disk_at_the_start_is_one_line(tmp_path, no_room):
     with no_room(), pytest.raises(ConfigError, match="cannot be written") as error:
         OutLock(tmp_path)
@@ -75,19 +83,18 @@ def test_a_full_disk_at_the_start_is_one_line(tmp_path, no_room):
 
 
 def checkpoint(out, step):
-    """What is complete by its name and manifest."""
+    """What is complete by its name and manifest; its path."""
     path = store.root(out) / store.directory_name(step)
     path.mkdir(parents=True)
     (path / MANIFEST).write_text("{}")
+    return path
 
 
 @pytest.mark.parametrize(("saved", "marked"), [(9, 9), (6, 6), (None, None)])
 def test_a_stop_whose_save_failed_is_not_taken_for_the_end(tmp_path, capsys, saved, marked):
     """launchers/slurm.sbatch requeues on exit code 0 and a mark; 0 without a mark is a run that is done."""
     with Guard(tmp_path, 0, 1) as guard:
-        if saved:
-            checkpoint(tmp_path, saved)
-        code = guard.stopped(9)
+        code = guard.stopped(9, checkpoint(tmp_path, saved) if saved else None)
     line, mark = capsys.readouterr().err, tmp_path / "requeue"
     assert (code, mark.exists()) == ((0, True) if marked else (1, False))
     if marked:
@@ -99,12 +106,12 @@ def test_a_stop_whose_save_failed_is_not_taken_for_the_end(tmp_path, capsys, sav
 @pytest.mark.parametrize(("began", "saved", "marked"), [(6, 6, False), (4, 6, True), (6, 9, True)])
 def test_a_start_that_saved_nothing_asks_for_no_other(tmp_path, capsys, began, saved, marked):
     """A disk that stays full must not send a job round and round through the queue."""
-    checkpoint(tmp_path, saved)
+    last = checkpoint(tmp_path, saved)
+    checkpoint(tmp_path, 9 if saved < 9 else 8)  # a damaged one of an earlier start, which kept its name: it is no save
     with Guard(tmp_path, 0, 1) as guard:
-        code = guard.stopped(9, began=began)
+        code = guard.stopped(9, last, began=began)
     line = capsys.readouterr().err
     assert (code, (tmp_path / "requeue").exists()) == ((0, True) if marked else (1, False))
-    assert store.step_of(store.latest_complete(tmp_path)) == saved
     if not marked:
         assert "nothing could be saved since its start at step 6" in line and line.count("\n") == 1
         assert "has the checkpoint of step 6; make room there, then start again with --resume" in line
@@ -112,17 +119,18 @@ def test_a_start_that_saved_nothing_asks_for_no_other(tmp_path, capsys, began, s
 
 def test_a_stop_that_cannot_be_marked_is_said_by_the_exit_code(tmp_path, capsys, no_room):
     with Guard(tmp_path, 0, 1) as guard:
-        checkpoint(tmp_path, 6)
+        last = checkpoint(tmp_path, 6)
         with no_room():
-            assert guard.stopped(9) == 1
+            assert guard.stopped(9, last) == 1
     line = capsys.readouterr().err
     assert "no requeue mark could be left" in line and "the checkpoint of step 6" in line and line.count("\n") == 1
 
 
 def test_a_run_whose_last_save_failed_is_not_done(tmp_path):
     with Guard(tmp_path, 0, 1) as guard:
-        assert "not saved: " in guard.unsaved(9) and "has no checkpoint" in guard.unsaved(9)
-        checkpoint(tmp_path, 6)
-        assert "has the checkpoint of step 6" in guard.unsaved(9) and "\n" not in guard.unsaved(9)
-        checkpoint(tmp_path, 9)
-        assert guard.unsaved(9) == ""
+        said = guard.unsaved(9, None)
+        assert "not saved: " in said and "has no checkpoint" in said
+        six, nine = checkpoint(tmp_path, 6), checkpoint(tmp_path, 9)  # the newest one that is there may be damaged
+        said = guard.unsaved(9, six)
+        assert "has the checkpoint of step 6" in said and "\n" not in said
+        assert guard.unsaved(9, nine) == ""

@@ -122,12 +122,12 @@ def pretrain(cfg: RunConfig, me: ranks.Ranks) -> int:
                 checkpoints.wait()
                 if lost := data_lost(ahead, comm, track, done):
                     return lost
-                code = guard.stopped(done, began=state["step"])
+                code = guard.stopped(done, checkpoints.last, began=state["step"])
                 track.killed()
                 break
         else:
             checkpoints.wait()
-            if unsaved := guard.unsaved(total):
+            if unsaved := guard.unsaved(total, checkpoints.last):
                 track.failed(unsaved, total)
                 code = 1
         for event in checkpoints.drain_events():

@@ -66,7 +66,7 @@ class Guard:
         self._now, self.heartbeat.step = (step, batches), step
         self.heartbeat("begin of the step")
 
-    def stopped(self, step: int, began: int = 0) -> int:
+    def stopped(self, step: int, last: Path | None, began: int = 0) -> int:
         """All ranks stop after ``step`` steps on request; returns this rank's exit code.
 
         Rank 0 leaves the requeue mark. If the save failed, an older checkpoint of this start, which ``began`` after
@@ -75,7 +75,7 @@ class Guard:
         """
         if self.rank != 0:
             return 0
-        last, kept = self._kept()
+        kept = self._kept(last)
         why = f"nothing could be saved since its start at step {began}" if began else "nothing could be saved"
         if last is not None and store.step_of(last) > began:
             try:
@@ -94,19 +94,18 @@ class Guard:
         )
         return 1
 
-    def unsaved(self, step: int) -> str:
-        """Why a run whose ``step`` steps are done is not: its last save failed (only rank 0 says so); or nothing."""
-        last, kept = self._kept()
+    def unsaved(self, step: int, last: Path | None) -> str:
+        """Why a run whose ``step`` steps are done is not: its last save failed (only rank 0 says so); or nothing.
+        ``last``: ``Checkpointer.last``, there as here."""
         if self.rank != 0 or (last is not None and store.step_of(last) >= step):
             return ""
         return (
-            f"all {step} steps are done, but not saved: {self.out} has {kept}; make room there, then start again with "
-            "--resume"
+            f"all {step} steps are done, but not saved: {self.out} has {self._kept(last)}; make room there, then "
+            "start again with --resume"
         )
 
-    def _kept(self) -> tuple[Path | None, str]:
-        last = store.latest_complete(self.out)
-        return last, "no checkpoint" if last is None else f"the checkpoint of step {store.step_of(last)}"
+    def _kept(self, last: Path | None) -> str:
+        return "no checkpoint" if last is None else f"the checkpoint of step {store.step_of(last)}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

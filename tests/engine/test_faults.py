@@ -90,6 +90,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, capsys, kind):
         saver.load()
 
 
+def test_a_full_disk_keeps_no_damaged_one_in_its_place(saved, capsys, monkeypatch):
+    """A rename needs no room, the pointer does; the run knows which checkpoint is good."""
+    out, _ = saved
+    damage("flipped byte", out / "checkpoints" / "step-00000002")
+    monkeypatch.setattr(os, "replace", full)  # how the pointer gets its name
+    model, saver = run(out, seed=1)
+    assert saver.last is None and saver.load() == {"cursor": 8}
+    assert "stays as damaged-step-00000002" in capsys.readouterr().err
+    assert [saver.last] == store.complete(out) == [out / "checkpoints" / "step-00000001"]
+    saver.save(2, {"cursor": 16}, wait=True)
+    assert store.step_of(saver.last) == 2 and "no checkpoint" not in capsys.readouterr().err
+
+
 def test_another_format_version_is_one_line(saved):
     out, _ = saved
     path = out / "checkpoints" / "step-00000002"
@@ -243,7 +256,7 @@ def checkpointers(out, world):
     return savers
 
 
-def full(path, chunks):
+def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 

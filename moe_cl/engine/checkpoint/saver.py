@@ -54,6 +54,10 @@ class Checkpointer:
         method: its buffers are saved; None without.
         config: the recipe as a plain tree, written beside the tensors.
         patience: seconds that rank 0 waits for the other ranks' files.
+
+    Attributes:
+        last: the newest checkpoint known to be good: verified by ``load``, or (rank 0) committed since; None without.
+            A directory that is there may be a damaged one of an earlier start.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Checkpointer:
         self._hosts, self._thread, self._events = snapshot.HostCopies(), None, []
         self._token = comm.gather_objects(secrets.token_hex(4))[0]
         self.stall_seconds, self._abandoned = 0.0, threading.Event()
+        self.last: Path | None = None
         if comm.rank == 0:
             store.remove_leftovers(self.out)
 
@@ -165,7 +170,7 @@ class Checkpointer:
         if reason is not None:
             self._events.append({"name": "checkpoint_failed", "step": job.step, "reason": reason})
             if rank == 0:
-                last = store.latest_complete(self.out)
+                last = self.last or store.latest_complete(self.out)
                 print(
                     f"warning: no checkpoint at step {job.step} ({reason}); the run goes on, the last good one is "
                     f"{last.name if last else 'none'} in {store.root(self.out)}",
@@ -188,8 +193,8 @@ class Checkpointer:
         for path in job.stage.glob("rank-*.json"):
             path.unlink()
         write_bytes(job.stage / MANIFEST, [manifest.dump().encode()])
-        committed = store.commit(job.stage, job.step)
-        store.retain(self.out, self.cfg, committed)
+        self.last = store.commit(job.stage, job.step)
+        store.retain(self.out, self.cfg, self.last)
         return sum(entry.bytes for entry in manifest.files.values())
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -211,6 +216,7 @@ class Checkpointer:
                 continue
             if self.comm.rank == 0:
                 self._set_aside(reasons, candidate)
+            self.last = candidate
             return extra
         if reasons:
             first = next(iter(reasons.values()))

@@ -110,24 +110,26 @@ def commit(stage: Path, step: int) -> Path:
 
 
 def _point_to(path: Path) -> None:
+    """For people, nothing here reads it: a full disk, which has room for a name and not for this, costs it alone."""
     pointer = path.parent / f".{POINTER}.tmp"
-    with open(pointer, "w") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, path.parent / POINTER)
-    sync_directory(path.parent)
+    with contextlib.suppress(OSError):
+        with open(pointer, "w") as file:
+            file.write(path.name + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(pointer, path.parent / POINTER)
+        sync_directory(path.parent)
 
 
 def set_aside(path: Path, good: Path) -> Path:
     """Rename a checkpoint that did not pass verification, so that it takes no good one's place among those kept, and
     none that was set aside before goes; ``good`` is the newest again. Returns its new path. Raises OSError."""
-    _point_to(good)
     kept, number = path.with_name(f"damaged-{path.name}"), 1
     while kept.exists():  # an earlier life's, of the same step
         number += 1
         kept = path.with_name(f"damaged-{path.name}-{number}")
     os.rename(path, kept)
+    _point_to(good)
     return kept
 
 

@@ -110,10 +110,17 @@ def _refuse(key: str, name: str) -> None:
 
 
 def _off(key: str, value: Any, name: str) -> bool:
-    """Whether a key that is not supported says nothing: false, or a section that is not enabled."""
+    """Whether a key that is not supported says nothing: false or none, a section that is not enabled or says
+    nothing in any of its keys, a factor of 1."""
     if key in ("bf16", "fp16"):
-        return _mapping(value, f"{name}: {key}").get("enabled", False) in (False, "auto")
-    return value in (None, {}) or value is False or (isinstance(value, dict) and value.get("enabled") is False)
+        return value is None or _mapping(value, f"{name}: {key}").get("enabled", False) in (False, "auto")
+    if key == "gradient_predivide_factor":
+        return value is None or (type(value) in (int, float) and value == 1)
+    if isinstance(value, dict):
+        # "aio" is of offloading to disks alone, which is refused where it is asked for (OFFLOAD).
+        said = [x for x in value.values() if x is not None and x is not False and x != "auto"]
+        return key == "aio" or value.get("enabled") is False or not said
+    return value is None or value is False
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

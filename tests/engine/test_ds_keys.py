@@ -73,6 +73,8 @@ def test_every_key_of_zero_is_deepspeeds_own():
         ({"pipeline": {"stages": 2}}, "pipeline is not supported"),
         ({"expert_parallel": {"enabled": True}}, "expert_parallel is not supported"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is not supported; remove it"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is not supported; remove it"),
+        ({"activation_checkpointing": {"profile": False, "cpu_checkpointing": True}}, "set model.activation_checkp"),
         ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": "x"}}, "expected a list, found 'x'"),
         ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["x"]}}, "'x' is no class; write it"),
         ({"torch_autocast": {"enabled": 1}}, "found 1; write it"),
@@ -90,6 +92,11 @@ def test_what_is_switched_off_is_left_out():
         "flops_profiler": {"enabled": False, "profile_step": 1},
         "fp16": {"enabled": "auto"},
         "prescale_gradients": False,
+        "bf16": None,
+        "gradient_predivide_factor": 1.0,
+        "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": False},
+        "data_types": {"grad_accum_dtype": None},
+        "aio": {"block_size": 1048576, "queue_depth": 8, "single_submit": False, "overlap_events": True},
     }
     zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": "auto", "zero_quantized_gradients": False}
     modules = {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}

@@ -12,19 +12,18 @@ from typing import Any
 
 from moe_cl import config as settings
 from moe_cl.config import ConfigError, RunConfig
-from moe_cl.engine import ds_keys
+from moe_cl.engine import ds_keys, regroup
 from moe_cl.engine.checkpoint import store
 from moe_cl.tracking import redact
 from moe_cl.tracking.tail import parts
 
 # What a run is, and of it what may differ from start to start.
 SHAPING = ("method", "seed", "params", "model", "moe", "optim", "views", "schedule", "teacher", "batch")
-STATISTICS = "engine.statistics"
 STOPS = ("schedule.max_steps", "schedule.stop_epochs")  # where a run ends, not how it gets there
 ORDER = ("data.train", "data.repeat", "data.streams", "data.window")  # with a checkpoint, the loader's
 LAYOUT = (
     "moe.ep_size", "moe.recompute", "batch.micro_batch", "batch.accumulation", "batch.exact_large_batch",
-    "views.implementation", "model.activation_checkpointing", "model.compile",
+    "views.implementation", "model.activation_checkpointing", "model.compile", "model.channels_last",
 )  # fmt: skip
 FREE = ("model.options", "views.overrides")  # mappings whose keys are the user's: compared as a whole
 
@@ -219,7 +218,8 @@ def check_same_run(cfg: RunConfig, total: int, per_epoch: int | None = None) -> 
     if not cfg.resume:
         raise ConfigError(f"{out} has checkpoints already: add --resume to continue that run, or choose another --out")
     theirs, mine = _theirs_and_mine(cfg, last)
-    if changes := [(key, was, now) for key, was, now in changed(theirs, mine) if key not in ORDER]:
+    other = (*ORDER, *((regroup.PARTS, regroup.STATISTICS) if regroup.saved(out) else ()))  # ``check`` compares these
+    if changes := [(key, was, now) for key, was, now in changed(theirs, mine) if key not in other]:
         kind = "a finished" if store.step_of(last) >= total else "an unfinished"
         raise ConfigError(
             f"{out} holds {kind} run with other settings ({listed(changes)}): --resume goes on with those it has; keep "
@@ -237,7 +237,8 @@ def changed(theirs: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, Any
     """What shapes a run and differs between two trees of settings: key, value there, value here. A key that one side
     does not have yet (settings of an older version) is no difference."""
     theirs, mine = _flat(theirs), _flat(mine)
-    keys = [k for k in mine if (k.split(".")[0] in SHAPING and k not in (*STOPS, *LAYOUT)) or k in (*ORDER, STATISTICS)]
+    others = (*ORDER, regroup.STATISTICS)
+    keys = [k for k in mine if (k.split(".")[0] in SHAPING and k not in (*STOPS, *LAYOUT)) or k in others]
     return [(k, theirs[k], mine[k]) for k in keys if k in theirs and theirs[k] != mine[k]]
 
 
@@ -250,6 +251,8 @@ def listed(changes: list[tuple[str, Any, Any]], most: int = 12) -> str:
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     whole = {f"{a}.{b}": tree[a][b] for a, b in (key.split(".") for key in FREE) if b in (tree.get(a) or {})}
     flat = {k: v for k, v in settings.flatten(tree).items() if not k.startswith(tuple(f"{key}." for key in FREE))}
+    if regroup.STATISTICS in flat:
+        flat[regroup.STATISTICS] = regroup.spelled(flat[regroup.STATISTICS])
     return flat | whole
 
 
@@ -283,7 +286,7 @@ def _theirs_and_mine(cfg: RunConfig, last: Path | None = None) -> tuple[dict[str
 
 def without_effect(cfg: RunConfig) -> str:
     """What ``cfg`` sets otherwise than the finished run in its out dir, as the end of a line; "" if nothing."""
-    theirs, mine = map(settings.flatten, _theirs_and_mine(cfg))
+    theirs, mine = map(_flat, _theirs_and_mine(cfg))
     other = [f"{k}={v} (was {theirs[k]})" for k, v in mine.items() if k in theirs and theirs[k] != v and k != "resume"]
     return f"; set otherwise now, without an effect: {', '.join(other)}" if other else ""
 
@@ -314,6 +317,7 @@ def check(cfg: RunConfig, world: int) -> BatchIdentity:
     settings.validate(cfg)
     check_moe(cfg, world)
     batch = batch_identity(cfg, world)
+    regroup.check(cfg, world, batch.micro_batch)
     ds_config(cfg, world, on_cpu)
     check_length(cfg)
     if shutil.which("g++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -109,6 +109,7 @@ def test_clipping_is_always_written_and_precision_filled_in():
         ({}, 7, None),
         ({"batch__micro_batch": 32, "schedule__max_steps": 9, "moe__ep_size": 2, "engine__precision": "bf16"}, 7, None),
         ({"engine__ds_config": "cpu_zero2", "data__workers": 3, "eval__k": 5, "model__compile": True}, 7, None),
+        ({"model__channels_last": True}, 7, None),
         ({"batch__exact_large_batch": True, "model__activation_checkpointing": True}, 7, None),
         ({"batch__global_batch": 512}, 7, "(batch.global_batch 256 -> 512)"),
         ({"schedule__epochs": 3.0}, 7, "(schedule.epochs 100.0 -> 3.0)"),
@@ -141,6 +142,16 @@ def test_a_run_goes_on_as_what_it_is(tmp_path, changes, per_epoch, says):
         said = str(error.value)
         assert says in said and "\n" not in said and "another --out" in said
         assert "steps an epoch" in said or (f"{kind} run with other settings" in said and "checkpoint convert" in said)
+
+
+def test_another_spelling_of_an_older_version_is_no_change(tmp_path):
+    cfg = make(engine__statistics="group: 64")
+    cfg.out, cfg.resume = str(tmp_path), True
+    (tmp_path / "journal.jsonl").write_text("")
+    config.save(make(engine__statistics="group:64"), tmp_path / "config.yaml")
+    assert checks.begun(cfg) and "statistics" not in checks.without_effect(cfg)
+    cfg.engine.statistics = "group: 32"
+    assert not checks.begun(cfg) and "group: 32 (was group: 64)" in checks.without_effect(cfg)
 
 
 def test_a_begun_run_goes_on_without_a_checkpoint_if_it_is_the_same(tmp_path):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from moe_cl.config import ConfigError, DataConfig
@@ -162,7 +163,9 @@ class Loader:
             maker = BatchMaker(self.dataset, self.order, self.spec, self.cfg)
             self._processes = DataLoader(
                 maker, batch_size=None, sampler=self._plan, num_workers=workers, collate_fn=_as_it_is,
-                worker_init_fn=worker.begin, pin_memory=self.pin, **more,
+                worker_init_fn=worker.begin, pin_memory=self.pin,
+                generator=torch.Generator(),  # of the workers' seeds, which nothing reads: not a draw of the run's own
+                **more,
             )  # fmt: skip
         self._plan.start = self._epoch, self._cursor
         self._made = iter(self._processes)

@@ -17,6 +17,16 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", 
     ENV.pop(_name, None)
 
 
+def only_launcher(given: dict[str, str], monkeypatch) -> None:
+    """The environment has no launcher's variables but these."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+
 def make_shards(folder: Path, images: int = 96, classes: int = 3) -> Path:
     """Shards of ``images`` 16 px pictures (a class is a brightness), made by the project's own sharder."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,5 @@
 """The scripts: wrong options are one line and exit code 2, before anything is installed, started or written."""
 
-import os
 import re
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import torch
 
 from moe_cl.config import ConfigError
 from moe_cl.engine.ranks import Ranks, device_index, from_environment, pins
-from tests.small import ENV, ROOT, make_shards, settings
+from tests.small import ENV, ROOT, make_shards, only_launcher, settings
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
@@ -125,12 +124,7 @@ def test_no_compiler_and_no_python_are_one_line(tmp_path):
     ],
 )
 def test_ranks_come_from_the_launcher_that_started_it(given, ranks, monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+    only_launcher(given, monkeypatch)
     assert from_environment() == ranks
 
 

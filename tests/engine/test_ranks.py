@@ -1,6 +1,5 @@
 """Who a process is among the ranks, which of them speaks, and which cores are its own."""
 
-import os
 import socket
 
 import pytest
@@ -11,19 +10,10 @@ from moe_cl.comm import LocalComm
 from moe_cl.config import ConfigError
 from moe_cl.engine import ranks as engine_ranks
 from moe_cl.engine.ranks import from_environment
+from tests.small import only_launcher
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}
-
-
-def only(given, monkeypatch):
-    """No launcher's variables but these."""
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +31,7 @@ def only(given, monkeypatch):
     ],
 )
 def test_ranks_that_cannot_be_are_one_line(given, says, monkeypatch):
-    only(given, monkeypatch)
+    only_launcher(given, monkeypatch)
     with pytest.raises(ConfigError, match=says):
         from_environment()
 
@@ -60,7 +50,7 @@ def test_ranks_that_cannot_be_are_one_line(given, says, monkeypatch):
     ],
 )
 def test_one_rank_of_a_host_speaks(given, says, monkeypatch, capsys):
-    only(given, monkeypatch)
+    only_launcher(given, monkeypatch)
     for verb, line in (("pretrain", says), ("doctor", True), ("plan", True)):
         with pytest.raises(SystemExit, match="2"):
             cli.main([verb, "--no-such-option"])
@@ -84,7 +74,7 @@ def test_one_rank_of_a_host_speaks(given, says, monkeypatch, capsys):
 )
 def test_what_one_rank_alone_sees_it_says(given, check, says, monkeypatch, capsys):
     """Else it ends without a word, and the others wait for it."""
-    only(given, monkeypatch)
+    only_launcher(given, monkeypatch)
     recipe = ["--recipe", "crmoe_vit_micro_fmnist", "moe.ep_size=3"]
     try:
         code = cli.main(["pretrain", *recipe, *check])
@@ -96,7 +86,7 @@ def test_what_one_rank_alone_sees_it_says(given, check, says, monkeypatch, capsy
 
 def test_who_speaks_is_settled_before_the_ranks_meet(monkeypatch, capsys):
     """Slurm's --gpus-per-task=1: to every rank of a host its device is number 0."""
-    only({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, monkeypatch)
+    only_launcher({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, monkeypatch)
 
     def fails(args):
         monkeypatch.setenv("LOCAL_RANK", "0")

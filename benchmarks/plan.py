@@ -160,7 +160,8 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.processor_time else time.perf_counter
-    device = calibrate.measure(0.1 if args.quick else 0.5, links=False, clock=clock)
+    how = {"seconds": 0.1, "rounds": 1} if args.quick else {}
+    device = calibrate.measure(**how, links=False, clock=clock)
     print(show.device(device, "nothing"), flush=True)
     cases = {n: case for n, case in (QUICK if args.quick else CASES).items() if not args.only or args.only in n}
     rows: dict[str, dict[str, Any]] = {}

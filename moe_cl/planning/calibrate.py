@@ -40,14 +40,17 @@ Clock = Callable[[], float]
 ROUNDS = 3
 
 
-def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_counter) -> Hardware:
+def measure(
+    seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_counter, rounds: int = ROUNDS
+) -> Hardware:
     """This machine's accelerator if it has one, else its processor with torch's threads.
 
     Args:
-        seconds: for each of about a dozen figures; products in ``ROUNDS`` parts of it.
+        seconds: for each of about a dozen figures.
         links: start two processes that send to each other (none where there is one GPU); without them the links are
             those of an H100's node.
         clock: processor time where others compute on the machine too.
+        rounds: of all products, which share their seconds; the fastest counts.
 
     Raises:
         ConfigError: the two processes did not meet.
@@ -56,7 +59,7 @@ def measure(seconds: float = 0.5, links: bool = True, clock: Clock = time.perf_c
     timer = Timer(device, seconds, clock)
     if device.type == "cpu":
         keep_freed_memory()  # as a training process does
-    rates = best(dataclasses.replace(timer, seconds=seconds / ROUNDS))
+    rates = best(dataclasses.replace(timer, seconds=seconds / rounds), rounds)
     alone = device.type == "cuda" and torch.cuda.device_count() < 2
     other = _links() if links and not alone else {}
     known = GPUS["H100-80G"]
@@ -100,12 +103,12 @@ class Timer:
         return float(np.median(times))
 
 
-def best(timer: Timer) -> dict[torch.dtype, dict[str, float]]:
-    """``products`` in fp32 and bf16, the fastest of ``ROUNDS`` rounds: what disturbs a shared machine lasts seconds and
+def best(timer: Timer, rounds: int) -> dict[torch.dtype, dict[str, float]]:
+    """``products`` in fp32 and bf16, the fastest of ``rounds``: what disturbs a shared machine lasts seconds and
     only ever slows."""
     kinds = (torch.float32, torch.bfloat16)
-    rounds = [{dtype: products(timer, dtype) for dtype in kinds} for _ in range(ROUNDS)]
-    return {dtype: {kind: max(found[dtype][kind] for found in rounds) for kind in rounds[0][dtype]} for dtype in kinds}
+    found = [{dtype: products(timer, dtype) for dtype in kinds} for _ in range(rounds)]
+    return {dtype: {kind: max(each[dtype][kind] for each in found) for kind in found[0][dtype]} for dtype in kinds}
 
 
 def products(timer: Timer, dtype: torch.dtype) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_measured_and_planned_with(monkeypatch, capsys, tmp_path):
     """Both commands of the guide, this machine measured for a moment and without the two processes of its links."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibrate, "measure", functools.partial(calibrate.measure, 0.01, links=False))
+    monkeypatch.setattr(calibrate, "measure", functools.partial(calibrate.measure, 0.01, links=False, rounds=1))
     measure, then = [shlex.split(p) for p in PLANS if "device.json" in p]
     assert cli.main(measure) == 0 and "written to device.json" in capsys.readouterr().out
     assert cli.main([*then, "--nodes", "1"]) in (0, 1)  # whether it fits is this machine's

@@ -148,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; see the module's docstring for exit codes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((a for a in argv if a in VERBS), None)
-    # --check is one process too, also where its environment is that of a rank (a pod of a PyTorchJob).
-    checks = any(a.split("=", 1)[0] == "--check" for a in argv)
+    # --check is one process too, also where its environment is that of a rank (a pod of a PyTorchJob), but for one that
+    # a launcher starts, which says which of its host's it is.
+    checks = any(a.split("=", 1)[0] == "--check" for a in argv) and "LOCAL_RANK" not in os.environ
     ranked = chosen is None or chosen in AS_RANKS and not checks
     parser = (RanksParser if ranked else Parser)(
         prog="python -m moe_cl", description=__doc__.split("\n")[0].replace("``", "")

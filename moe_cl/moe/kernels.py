@@ -27,7 +27,8 @@ FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fopenmp -fPIC".
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # or a rounding is a call, one number at a time
 FLAGS += ["-fno-strict-aliasing"]  # pairs of bf16 are moved as 32-bit words
 LIMIT = 120  # seconds of a compiler that does not end
-FILL = 8  # of queue.h: rows of an expert are filled up to a multiple of it
+# Rows of an expert are filled up to a multiple of it; read there, since buffers made here are written by it.
+FILL = int(re.search(r"\bFILL = (\d+)", (SOURCES / "queue.h").read_text("utf-8"))[1])
 MULTIPLE = 16  # both widths are multiples of it
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
